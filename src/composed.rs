@@ -1,0 +1,51 @@
+//! The same function written in candle's own differentiable ops.
+//!
+//! Slower by an order of magnitude than the fused kernels, and used where they cannot be: on devices without a
+//! kernel (Metal), and when gradients of gradients are wanted (`CANDLE_GRAD_DO_NOT_DETACH`), since candle can
+//! differentiate these ops any number of times.
+
+use crate::problem::Problem;
+use candle_core::{D, DType, Result, Tensor};
+
+/// Normalises the trailing `normalized_shape` dims of `xs`, then multiplies by `weight` and adds `bias`.
+///
+/// Arguments, dtypes and errors are those of [`crate::ops`]; `remove_mean = false` is RMSNorm. f16 and bf16 are
+/// computed in f32 and rounded once, f64 in f64.
+pub fn normalize(
+    xs: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    remove_mean: bool,
+    eps: f64,
+) -> Result<Tensor> {
+    let problem = Problem::new(xs, normalized_shape, weight, bias, remove_mean, eps)?;
+    run(&problem, xs, weight, bias)
+}
+
+pub(crate) fn run(
+    problem: &Problem,
+    xs: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let stats: DType = problem.stats_dtype();
+    let cols = problem.cols;
+    let x = xs.reshape((problem.rows, cols))?.to_dtype(stats)?;
+    // 1/cols is only ever multiplied with empty sums when cols is 0.
+    let inv_cols = 1. / cols.max(1) as f64;
+    let x = if problem.remove_mean {
+        x.broadcast_sub(&(x.sum_keepdim(D::Minus1)? * inv_cols)?)?
+    } else {
+        x
+    };
+    let var = (x.sqr()?.sum_keepdim(D::Minus1)? * inv_cols)?;
+    let mut y = x.broadcast_div(&(var + problem.eps)?.sqrt()?)?;
+    if let Some(weight) = weight {
+        y = y.broadcast_mul(&weight.reshape(cols)?.to_dtype(stats)?)?;
+    }
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&bias.reshape(cols)?.to_dtype(stats)?)?;
+    }
+    y.to_dtype(problem.dtype)?.reshape(xs.dims())
+}

@@ -1,0 +1,24 @@
+#![doc = include_str!("../README.md")]
+//! # How a call travels
+//! Forward: [`LayerNorm::forward`](candle_core::Module::forward) -> [`ops`] (validates into a `Problem`, asks whether
+//! anything is tracked) -> the custom op's `cpu_fwd` or `cuda_fwd` -> on CUDA, `plan` chooses kernel and grid as plain data ->
+//! allocation -> launch. mean and rstd stay in the op value when something is tracked.
+//!
+//! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> at most two launches -> tensors.
+#![warn(missing_docs)]
+#![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
+
+pub mod composed;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod layer_norm;
+mod op;
+pub mod ops;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod plan;
+mod problem;
+
+pub use layer_norm::{
+    LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
+};

@@ -1,0 +1,277 @@
+//! The fused op as candle sees it: forward, what is kept for backward, and backward.
+
+use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::problem::{Problem, Wanted};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage,
+    Tensor, bail,
+};
+use std::sync::OnceLock;
+
+/// One call of the op. candle takes it by value, so that it lives for one forward and keeps that forward's statistics.
+///
+/// It is a [`CustomOp3`] over (xs, weight, bias), a [`CustomOp2`] where one of the two is missing and a
+/// [`CustomOp1`] where both are: no stand-in tensor enters the graph.
+pub(crate) struct NormOp {
+    problem: Problem,
+    keep: bool,
+    statistics: OnceLock<Statistics>,
+}
+
+/// Shape `[rows]` each, in the problem's statistics dtype. RMSNorm has no mean.
+pub(crate) struct Statistics {
+    pub mean: Option<Tensor>,
+    pub rstd: Tensor,
+}
+
+/// What a backend's forward returns; (mean, rstd) if they were to be kept.
+pub(crate) struct Forward<S> {
+    pub ys: S,
+    pub statistics: Option<(Option<S>, S)>,
+}
+
+/// What a backend's backward returns: dx `[rows, cols]`, dweight and dbias `[cols]`, as far as they were wanted.
+pub(crate) struct Gradients<S> {
+    pub dx: Option<S>,
+    pub dweight: Option<S>,
+    pub dbias: Option<S>,
+}
+
+/// What a backend's backward reads. All tensors are contiguous and on one device.
+pub(crate) struct BackwardArgs<'a> {
+    pub x: &'a Tensor,
+    pub weight: Option<&'a Tensor>,
+    pub statistics: &'a Statistics,
+    pub dy: &'a Tensor,
+}
+
+type Operand<'a, S> = (&'a S, &'a Layout);
+
+impl NormOp {
+    /// `keep`: whether mean and rstd are kept for a backward pass.
+    pub fn new(problem: Problem, keep: bool) -> Self {
+        Self {
+            problem,
+            keep,
+            statistics: OnceLock::new(),
+        }
+    }
+
+    /// Which of weight and bias `params` are, in that order.
+    fn split<'a, T: ?Sized>(&self, params: &[&'a T]) -> (Option<&'a T>, Option<&'a T>) {
+        match *params {
+            [weight, bias] => (Some(weight), Some(bias)),
+            [weight] if self.problem.weight => (Some(weight), None),
+            [bias] => (None, Some(bias)),
+            _ => (None, None),
+        }
+    }
+
+    fn keep<S>(
+        &self,
+        forward: Forward<S>,
+        layout: &Layout,
+        wrap: impl Fn(S) -> Storage,
+    ) -> (S, Shape) {
+        if let Some((mean, rstd)) = forward.statistics {
+            let tensor = |s| {
+                Tensor::from_storage(wrap(s), self.problem.rows, BackpropOp::none(), false)
+            };
+            // A second forward of the same op value would compute the same statistics.
+            let _ = self.statistics.set(Statistics {
+                mean: mean.map(tensor),
+                rstd: tensor(rstd),
+            });
+        }
+        (forward.ys, layout.shape().clone())
+    }
+
+    fn forward_cpu(
+        &self,
+        x: Operand<'_, CpuStorage>,
+        params: &[&Operand<'_, CpuStorage>],
+    ) -> Result<(CpuStorage, Shape)> {
+        let (weight, bias) = self.split(params);
+        let forward = cpu::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
+        Ok(self.keep(forward, x.1, Storage::Cpu))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(
+        &self,
+        x: Operand<'_, CudaStorage>,
+        params: &[&Operand<'_, CudaStorage>],
+    ) -> Result<(CudaStorage, Shape)> {
+        let (weight, bias) = self.split(params);
+        let forward = cuda::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
+        Ok(self.keep(forward, x.1, Storage::Cuda))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn forward_cuda(
+        &self,
+        _: Operand<'_, CudaStorage>,
+        _: &[&Operand<'_, CudaStorage>],
+    ) -> Result<(CudaStorage, Shape)> {
+        bail!(
+            "{}: xs: is on a CUDA device, but candle-fused-layer-norm was built without its feature `cuda`",
+            self.problem.op_name()
+        )
+    }
+
+    /// The gradients of the tracked arguments, each with its argument's shape and dtype.
+    fn backward(&self, x: &Tensor, params: &[&Tensor], dy: &Tensor) -> Result<Gradients<Tensor>> {
+        let op = self.problem.op_name();
+        let (weight, bias) = self.split(params);
+        let Some(statistics) = self.statistics.get() else {
+            bail!("{op}: backward: expected the statistics of a forward pass, got none")
+        };
+        let wanted = Wanted {
+            dx: x.track_op(),
+            dweight: weight.is_some_and(Tensor::track_op),
+            dbias: bias.is_some_and(Tensor::track_op),
+        };
+        let args = BackwardArgs {
+            x,
+            weight,
+            statistics,
+            dy: &dy.contiguous()?,
+        };
+        let wrap = |storage, like: Option<&Tensor>| -> Option<Tensor> {
+            Some(Tensor::from_storage(
+                storage,
+                like?.shape(),
+                BackpropOp::none(),
+                false,
+            ))
+        };
+        let Gradients { dx, dweight, dbias } = match x.device() {
+            candle_core::Device::Cpu => {
+                cpu::backward(&self.problem, &args, wanted)?.map(Storage::Cpu)
+            }
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(_) => {
+                cuda::backward(&self.problem, &args, wanted)?.map(Storage::Cuda)
+            }
+            device => bail!(
+                "{op}: backward: expected a device with a kernel, got {:?}",
+                device.location()
+            ),
+        };
+        Ok(Gradients {
+            dx: dx.and_then(|s| wrap(s, Some(x))),
+            dweight: dweight.and_then(|s| wrap(s, weight)),
+            dbias: dbias.and_then(|s| wrap(s, bias)),
+        })
+    }
+}
+
+impl<S> Gradients<S> {
+    fn map<R>(self, f: impl Fn(S) -> R) -> Gradients<R> {
+        Gradients {
+            dx: self.dx.map(&f),
+            dweight: self.dweight.map(&f),
+            dbias: self.dbias.map(&f),
+        }
+    }
+}
+
+impl CustomOp1 for NormOp {
+    fn name(&self) -> &'static str {
+        self.problem.op_name()
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.forward_cpu((s, l), &[])
+    }
+
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.forward_cuda((s, l), &[])
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.backward(x, &[], dy)?.dx)
+    }
+}
+
+impl CustomOp2 for NormOp {
+    fn name(&self) -> &'static str {
+        self.problem.op_name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward_cpu((s1, l1), &[&(s2, l2)])
+    }
+
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.forward_cuda((s1, l1), &[&(s2, l2)])
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        param: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grads = self.backward(x, &[param], dy)?;
+        Ok((grads.dx, grads.dweight.or(grads.dbias)))
+    }
+}
+
+impl CustomOp3 for NormOp {
+    fn name(&self) -> &'static str {
+        self.problem.op_name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward_cpu((s1, l1), &[&(s2, l2), &(s3, l3)])
+    }
+
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.forward_cuda((s1, l1), &[&(s2, l2), &(s3, l3)])
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grads = self.backward(x, &[weight, bias], dy)?;
+        Ok((grads.dx, grads.dweight, grads.dbias))
+    }
+}

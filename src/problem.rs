@@ -1,0 +1,141 @@
+//! What one call normalises, validated once. Every error about the arguments of a call is written here.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+/// A validated call, flattened to `rows` x `cols`: `cols` is the product of `normalized_shape`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Problem {
+    /// How many rows are normalised, each on its own; 0 for an empty batch.
+    pub rows: usize,
+    /// The length of a row, in elements.
+    pub cols: usize,
+    /// dtype of xs and ys.
+    pub dtype: DType,
+    /// dtype of weight and bias: `dtype`, or f32 beside f16 or bf16; `dtype` if there are neither.
+    pub param_dtype: DType,
+    /// Whether ys is multiplied by a weight.
+    pub weight: bool,
+    /// Whether a bias is added to ys.
+    pub bias: bool,
+    /// `false` is RMSNorm: the mean is taken as 0.
+    pub remove_mean: bool,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl Problem {
+    /// Checks the arguments of a call. `normalized_shape` are the trailing dims of `xs` that form a row.
+    pub fn new(
+        xs: &Tensor,
+        normalized_shape: &[usize],
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        remove_mean: bool,
+        eps: f64,
+    ) -> Result<Self> {
+        let op = op_name(remove_mean);
+        if xs.rank() == 0 {
+            bail!("{op}: xs: expected rank 1 or more, got a scalar")
+        }
+        if !matches!(
+            xs.dtype(),
+            DType::F32 | DType::F16 | DType::BF16 | DType::F64
+        ) {
+            bail!(
+                "{op}: xs: expected dtype f32, f16, bf16 or f64, got {}",
+                xs.dtype().as_str()
+            )
+        }
+        if !(eps.is_finite() && eps >= 0.) {
+            bail!("{op}: eps: expected a finite number >= 0, got {eps}")
+        }
+        if normalized_shape.is_empty() {
+            bail!("{op}: normalized_shape: expected at least one dim, got none (a scalar weight?)")
+        }
+        let Some(batch_dims) = xs.dims().strip_suffix(normalized_shape) else {
+            bail!(
+                "{op}: xs: expected the last dims to be the normalized shape {normalized_shape:?}, got {:?}",
+                xs.dims()
+            )
+        };
+        let mut param_dtype = None;
+        for (name, tensor) in [("weight", weight), ("bias", bias)] {
+            let Some(tensor) = tensor else { continue };
+            if tensor.dims() != normalized_shape {
+                bail!(
+                    "{op}: {name}: expected shape {normalized_shape:?}, got {:?}",
+                    tensor.dims()
+                )
+            }
+            let half = matches!(xs.dtype(), DType::F16 | DType::BF16);
+            if tensor.dtype() != xs.dtype() && !(half && tensor.dtype() == DType::F32) {
+                let expected = if half {
+                    format!("{} (as xs) or f32", xs.dtype().as_str())
+                } else {
+                    format!("{} (as xs)", xs.dtype().as_str())
+                };
+                bail!(
+                    "{op}: {name}: expected dtype {expected}, got {}",
+                    tensor.dtype().as_str()
+                )
+            }
+            if *param_dtype.get_or_insert(tensor.dtype()) != tensor.dtype() {
+                bail!(
+                    "{op}: bias: expected dtype {} (as weight), got {}",
+                    param_dtype.unwrap_or(tensor.dtype()).as_str(),
+                    tensor.dtype().as_str()
+                )
+            }
+            if !tensor.device().same_device(xs.device()) {
+                bail!(
+                    "{op}: {name}: expected device {:?} (as xs), got {:?}",
+                    xs.device().location(),
+                    tensor.device().location()
+                )
+            }
+        }
+        Ok(Self {
+            rows: batch_dims.iter().product(),
+            cols: normalized_shape.iter().product(),
+            dtype: xs.dtype(),
+            param_dtype: param_dtype.unwrap_or(xs.dtype()),
+            weight: weight.is_some(),
+            bias: bias.is_some(),
+            remove_mean,
+            eps,
+        })
+    }
+
+    /// The op's name in errors: `layer-norm` or `rms-norm`.
+    pub fn op_name(&self) -> &'static str {
+        op_name(self.remove_mean)
+    }
+
+    /// dtype of the statistics and of every sum: f32, or f64 for f64.
+    pub fn stats_dtype(&self) -> DType {
+        match self.dtype {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        }
+    }
+
+    /// Whether there is nothing to normalise.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+}
+
+/// Which gradients a backward pass computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// The gradient of xs.
+    pub dx: bool,
+    /// The gradient of weight.
+    pub dweight: bool,
+    /// The gradient of bias.
+    pub dbias: bool,
+}
+
+fn op_name(remove_mean: bool) -> &'static str {
+    if remove_mean { "layer-norm" } else { "rms-norm" }
+}
