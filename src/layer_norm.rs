@@ -133,10 +133,7 @@ pub fn layer_norm<S: Into<Shape>, C: Into<LayerNormConfig>>(
         vb.get_with_hints(size.clone(), name, Init::Const(init))
     };
     let weight = get("weight", "gamma", 1.)?;
-    let bias = config
-        .affine
-        .then(|| get("bias", "beta", 0.))
-        .transpose()?;
+    let bias = config.affine.then(|| get("bias", "beta", 0.)).transpose()?;
     Ok(LayerNorm {
         weight,
         bias,

@@ -8,6 +8,8 @@
 #![warn(missing_docs)]
 #![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
 
+#[doc(hidden)]
+pub mod bench;
 pub mod composed;
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -77,9 +77,8 @@ impl NormOp {
         wrap: impl Fn(S) -> Storage,
     ) -> (S, Shape) {
         if let Some((mean, rstd)) = forward.statistics {
-            let tensor = |s| {
-                Tensor::from_storage(wrap(s), self.problem.rows, BackpropOp::none(), false)
-            };
+            let tensor =
+                |s| Tensor::from_storage(wrap(s), self.problem.rows, BackpropOp::none(), false);
             // A second forward of the same op value would compute the same statistics.
             let _ = self.statistics.set(Statistics {
                 mean: mean.map(tensor),

@@ -137,5 +137,9 @@ pub struct Wanted {
 }
 
 fn op_name(remove_mean: bool) -> &'static str {
-    if remove_mean { "layer-norm" } else { "rms-norm" }
+    if remove_mean {
+        "layer-norm"
+    } else {
+        "rms-norm"
+    }
 }

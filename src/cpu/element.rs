@@ -4,9 +4,10 @@ use candle_core::{CpuStorage, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use num_traits::Float;
 use std::borrow::Cow;
+use std::ops::AddAssign;
 
 /// The type statistics and sums are computed in: f32, or f64 for f64.
-pub(crate) trait Acc: Element<Acc = Self> + Float {
+pub(crate) trait Acc: Element<Acc = Self> + Float + AddAssign {
     fn narrow(value: f64) -> Self;
     fn widen_to_f64(self) -> f64;
 }

@@ -14,7 +14,7 @@ use element::Element;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use row::{GradientScales, Params, RowStatistics, SEGMENT};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// Below this many elements a call runs on the calling thread: waking the pool costs more.
 const SERIAL_ELEMENTS: usize = 32 * 1024;
@@ -71,28 +71,53 @@ pub(crate) fn backward(
     args: &BackwardArgs<'_>,
     wanted: Wanted,
 ) -> Result<Gradients<CpuStorage>> {
+    let locked = [args.x, args.dy, &args.statistics.rstd].map(Tensor::storage_and_layout);
+    let [x, dy, rstd] = &locked;
+    let (x, dy, rstd) = (
+        operand(problem, x)?,
+        operand(problem, dy)?,
+        operand(problem, rstd)?,
+    );
+    let weight = args.weight.map(Tensor::storage_and_layout);
+    let weight = weight.as_ref().map(|w| operand(problem, w)).transpose()?;
+    let mean = args
+        .statistics
+        .mean
+        .as_ref()
+        .map(Tensor::storage_and_layout);
+    let mean = mean.as_ref().map(|m| operand(problem, m)).transpose()?;
     dispatch!(problem, T, P => {
-        with_slice::<T, _>(problem, args.x, |x| {
-            with_slice::<T, _>(problem, args.dy, |dy| {
-                let run = |weight: Option<&[P]>| {
-                    let params = Params::<<T as Element>::Acc>::new(weight, None);
-                    let rows = statistics::<T>(problem, args)?;
-                    Ok(backward_typed::<T, P>(Backward {
-                        problem,
-                        wanted,
-                        x,
-                        dy,
-                        params: &params,
-                        stats: &rows,
-                    }))
-                };
-                match args.weight {
-                    None => run(None),
-                    Some(weight) => with_slice::<P, _>(problem, weight, |w| run(Some(w))),
-                }
-            })
-        })
+        type A = <T as Element>::Acc;
+        let weight = weight.map(|w| slice::<P>(problem, w)).transpose()?;
+        let mean = mean.map(|m| slice::<A>(problem, m)).transpose()?;
+        let stats: Vec<_> = slice::<A>(problem, rstd)?
+            .iter()
+            .enumerate()
+            .map(|(row, &rstd)| RowStatistics { mean: mean.map_or(0., |mean| mean[row]), rstd })
+            .collect();
+        Ok(backward_typed::<T, P>(Backward {
+            problem,
+            wanted,
+            x: slice(problem, x)?,
+            dy: slice(problem, dy)?,
+            params: &Params::<A>::new::<P>(weight, None),
+            stats: &stats,
+        }))
     })
+}
+
+/// The storage of a tensor that is locked for reading.
+fn operand<'a>(
+    problem: &Problem,
+    (storage, layout): &'a (impl Deref<Target = Storage>, &'a Layout),
+) -> Result<Operand<'a>> {
+    match &**storage {
+        Storage::Cpu(storage) => Ok((storage, layout)),
+        _ => bail!(
+            "{}: backward: expected all tensors on the CPU, got one elsewhere",
+            problem.op_name()
+        ),
+    }
 }
 
 /// The elements of a dense operand.
@@ -106,44 +131,6 @@ fn slice<'a, T: Element>(problem: &Problem, (storage, layout): Operand<'a>) -> R
             layout.dims()
         ),
     }
-}
-
-fn with_slice<T: Element, R>(
-    problem: &Problem,
-    tensor: &Tensor,
-    f: impl FnOnce(&[T]) -> Result<R>,
-) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(slice(problem, (storage, layout))?),
-        _ => bail!(
-            "{}: backward: expected all tensors on the CPU, got one on {:?}",
-            problem.op_name(),
-            tensor.device().location()
-        ),
-    }
-}
-
-fn statistics<T: Element>(
-    problem: &Problem,
-    args: &BackwardArgs<'_>,
-) -> Result<Vec<RowStatistics<T::Acc>>> {
-    with_slice::<T::Acc, _>(problem, &args.statistics.rstd, |rstd| {
-        let zip = |mean: Option<&[T::Acc]>| {
-            Ok(rstd
-                .iter()
-                .enumerate()
-                .map(|(row, &rstd)| RowStatistics {
-                    mean: mean.map_or(num_traits::zero(), |mean| mean[row]),
-                    rstd,
-                })
-                .collect())
-        };
-        match &args.statistics.mean {
-            None => zip(None),
-            Some(mean) => with_slice::<T::Acc, _>(problem, mean, |mean| zip(Some(mean))),
-        }
-    })
 }
 
 fn forward_typed<T: Element>(
@@ -175,7 +162,11 @@ fn forward_typed<T: Element>(
         }
     } else {
         let task_rows = TASK_ELEMENTS.div_ceil(cols);
-        (x.par_chunks(task_rows * cols), y.par_chunks_mut(task_rows * cols), stats.par_chunks_mut(task_rows))
+        (
+            x.par_chunks(task_rows * cols),
+            y.par_chunks_mut(task_rows * cols),
+            stats.par_chunks_mut(task_rows),
+        )
             .into_par_iter()
             .for_each(|(x, y, stats)| forward_rows(problem, x, params, y, stats));
     }
@@ -247,7 +238,9 @@ impl<A: element::Acc> ParamGradients<A> {
 fn backward_typed<T: Element, P: Element<Acc = T::Acc>>(
     pass: Backward<'_, T>,
 ) -> Gradients<CpuStorage> {
-    let Backward { problem, wanted, .. } = pass;
+    let Backward {
+        problem, wanted, ..
+    } = pass;
     let mut dx = bytemuck::allocation::zeroed_vec::<T>(if wanted.dx { pass.x.len() } else { 0 });
     let grads = if problem.is_empty() {
         ParamGradients::zeros(wanted, problem.cols)
@@ -258,7 +251,9 @@ fn backward_typed<T: Element, P: Element<Acc = T::Acc>>(
     };
     Gradients {
         dx: wanted.dx.then(|| T::to_storage(dx)),
-        dweight: wanted.dweight.then(|| P::to_storage(P::round(grads.dweight))),
+        dweight: wanted
+            .dweight
+            .then(|| P::to_storage(P::round(grads.dweight))),
         dbias: wanted.dbias.then(|| P::to_storage(P::round(grads.dbias))),
     }
 }
@@ -274,7 +269,9 @@ impl<T: Element> Backward<'_, T> {
         if blocks == 1 {
             return self.block(0..rows, dx);
         }
-        let ranges = (0..rows).step_by(block_rows).map(|start| start..rows.min(start + block_rows));
+        let ranges = (0..rows)
+            .step_by(block_rows)
+            .map(|start| start..rows.min(start + block_rows));
         let partials: Vec<_> = if self.wanted.dx {
             ranges
                 .zip(dx.chunks_mut(block_rows * cols))
@@ -350,11 +347,11 @@ impl<T: Element> Backward<'_, T> {
                     #[inline(always)]
                     || {
                         let mut dx = dx.into_iter();
-                        for row in 0..rows {
+                        for (row, &scales) in scales.iter().enumerate() {
                             let (x, dy, stats) = self.row(row);
                             let (x, dy) = (&x[columns.clone()], &dy[columns.clone()]);
                             if let Some(dx) = dx.next() {
-                                row::dx(x, dy, &params, stats, scales[row], dx);
+                                row::dx(x, dy, &params, stats, scales, dx);
                             }
                             row::add_param_gradients(x, dy, stats, dweight, dbias);
                         }
@@ -389,7 +386,7 @@ fn add_in_order<A: element::Acc>(
             let columns = chunk * row::CHUNK..chunk * row::CHUNK + total.len();
             for partial in partials {
                 for (total, &part) in total.iter_mut().zip(&field(partial)[columns.clone()]) {
-                    *total = *total + part;
+                    *total += part;
                 }
             }
         });

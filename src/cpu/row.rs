@@ -7,7 +7,7 @@ use super::element::{Acc, Element};
 use crate::problem::Problem;
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::ops::Add;
+use std::ops::{Add, AddAssign};
 
 /// Elements converted and processed at a time: three f32 buffers of it fill half of a 32 KiB cache.
 pub(crate) const CHUNK: usize = 1024;
@@ -86,6 +86,13 @@ impl Add for Sums {
     }
 }
 
+impl AddAssign for Sums {
+    #[inline(always)]
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
 impl<A: Acc> RowStatistics<A> {
     pub fn of_empty_row(problem: &Problem) -> Self {
         Self::about(problem, 0., Sums::default())
@@ -100,8 +107,6 @@ impl<A: Acc> RowStatistics<A> {
         } else {
             (0., square)
         };
-        // `max` drops a NaN, which must reach the output.
-        let var = if square.is_nan() { square } else { var };
         Self {
             mean: A::narrow(mean),
             rstd: A::narrow(1. / (var + problem.eps).sqrt()),
@@ -113,7 +118,9 @@ impl<A: Acc> RowStatistics<A> {
 #[inline(always)]
 pub(crate) fn statistics<T: Element>(problem: &Problem, x: &[T]) -> RowStatistics<T::Acc> {
     two_pass(problem, |center| {
-        x.chunks(SEGMENT).map(|x| segment_sums(x, center)).fold(Sums::default(), Sums::add)
+        x.chunks(SEGMENT)
+            .map(|x| segment_sums(x, center))
+            .fold(Sums::default(), Sums::add)
     })
 }
 
@@ -142,8 +149,6 @@ fn two_pass<A: Acc>(problem: &Problem, sums: impl Fn(A) -> Sums) -> RowStatistic
     RowStatistics::about(problem, center.widen_to_f64(), sums(center))
 }
 
-
-
 /// The sums of (x - center) and (x - center)^2.
 #[inline(always)]
 fn segment_sums<T: Element>(x: &[T], center: T::Acc) -> Sums {
@@ -151,7 +156,7 @@ fn segment_sums<T: Element>(x: &[T], center: T::Acc) -> Sums {
     let mut total = Sums::default();
     for x in x.chunks(CHUNK) {
         let x = T::read(x, &mut buffer);
-        total = total + lanes(x, x, |x, _| {
+        total += lanes(x, x, |x, _| {
             let d = x - center;
             (d, d * d)
         });
@@ -214,7 +219,7 @@ fn gradient_segment_sums<T: Element>(
         for ((g, &dy), &w) in g.iter_mut().zip(dy).zip(weight) {
             *g = dy * w;
         }
-        total = total + lanes(x, g, |x, g| (g, g * ((x - stats.mean) * stats.rstd)));
+        total += lanes(x, g, |x, g| (g, g * ((x - stats.mean) * stats.rstd)));
     }
     total
 }
@@ -228,14 +233,14 @@ fn lanes<A: Acc>(a: &[A], b: &[A], f: impl Fn(A, A) -> (A, A)) -> Sums {
     for (a, b) in a_lanes.zip(b_lanes) {
         for lane in 0..LANES {
             let (v0, v1) = f(a[lane], b[lane]);
-            s0[lane] = s0[lane] + v0;
-            s1[lane] = s1[lane] + v1;
+            s0[lane] += v0;
+            s1[lane] += v1;
         }
     }
     for (lane, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
         let (v0, v1) = f(a, b);
-        s0[lane] = s0[lane] + v0;
-        s1[lane] = s1[lane] + v1;
+        s0[lane] += v0;
+        s1[lane] += v1;
     }
     let sum = |s: [A; LANES]| s.iter().map(|v| v.widen_to_f64()).sum();
     Sums(sum(s0), sum(s1))
@@ -300,7 +305,10 @@ pub(crate) fn dx<T: Element>(
     let mut x_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
     let mut dy_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
     let mut dx_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let chunks = x.chunks(CHUNK).zip(dy.chunks(CHUNK)).zip(dx.chunks_mut(CHUNK));
+    let chunks = x
+        .chunks(CHUNK)
+        .zip(dy.chunks(CHUNK))
+        .zip(dx.chunks_mut(CHUNK));
     for (chunk, ((x, dy), dx)) in chunks.enumerate() {
         let weight = params.weight(chunk * CHUNK, x.len());
         let x = T::read(x, &mut x_buffer);
@@ -336,12 +344,12 @@ pub(crate) fn add_param_gradients<T: Element>(
         if !dweight.is_empty() {
             let x = T::read(x, &mut x_buffer);
             for ((dw, &x), &dy) in dweight[columns.clone()].iter_mut().zip(x).zip(dy) {
-                *dw = *dw + dy * ((x - stats.mean) * stats.rstd);
+                *dw += dy * ((x - stats.mean) * stats.rstd);
             }
         }
         if !dbias.is_empty() {
             for (db, &dy) in dbias[columns].iter_mut().zip(dy) {
-                *db = *db + dy;
+                *db += dy;
             }
         }
     }

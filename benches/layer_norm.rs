@@ -1,0 +1,341 @@
+//! Times forward and backward against the roofline measured in the same process, and against candle-nn.
+//!
+//! ```sh
+//! cargo bench --bench layer_norm                                    # CPU
+//! cargo bench --features cuda --bench layer_norm -- --json out.jsonl  # CUDA, if a device is present
+//! ```
+//!
+//! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
+//! evicts L2 and hides the host's latency; the roofline is the better of two copies (forward) or adds (backward) of
+//! 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the roofline is a parallel copy or add.
+//! Before a time is reported, the result is compared with the composed ops in f64.
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_layer_norm::{bench, composed, ops};
+use clap::Parser;
+use serde_json::json;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+
+#[path = "support/cpu.rs"]
+mod cpu;
+#[cfg(feature = "cuda")]
+#[path = "support/cuda.rs"]
+mod cuda;
+
+/// A machine that can time calls and knows its own roofline.
+trait Bench {
+    /// Median microseconds of `call`.
+    fn time(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
+    /// Microseconds of a copy (`inputs` = 1) or an add (2) of tensors of `bytes` each.
+    fn roof(&mut self, inputs: usize, bytes: usize) -> Result<f64>;
+    /// Microseconds of wall time a call, over many calls queued at once.
+    fn wall(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
+}
+
+#[derive(Parser)]
+#[command(about = "Times LayerNorm forward and backward against the machine's roofline")]
+struct Args {
+    /// Writes one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Shapes, as rows x columns.
+    #[arg(long, value_delimiter = ',', value_name = "RxC", value_parser = parse_shape)]
+    shapes: Vec<(usize, usize)>,
+    /// f32, bf16, f16, f64.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "f32,bf16",
+        value_name = "DTYPE"
+    )]
+    dtypes: Vec<String>,
+    /// Also times candle-nn's differentiable `layer_norm_slow`.
+    #[arg(long)]
+    slow: bool,
+    /// Weight and bias in f32 beside half activations.
+    #[arg(long)]
+    mixed: bool,
+    /// Calls timed for each number.
+    #[arg(long, default_value_t = 15)]
+    reps: usize,
+    /// Times the CPU even where a CUDA device is present.
+    #[arg(long)]
+    cpu: bool,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn parse_shape(text: &str) -> Result<(usize, usize), String> {
+    let parsed = text
+        .split_once('x')
+        .and_then(|(r, c)| Some((r.parse().ok()?, c.parse().ok()?)));
+    match parsed {
+        Some((rows, cols)) if rows > 0 && cols > 0 => Ok((rows, cols)),
+        _ => Err(format!(
+            "expected rows x columns, such as 8192x768, got `{text}`"
+        )),
+    }
+}
+
+/// From one row of millions to thousands of narrow ones.
+const CUDA_SHAPES: &[(usize, usize)] = &[
+    (16, 4194304),
+    (128, 1048576),
+    (256, 262144),
+    (512, 131072),
+    (1024, 65536),
+    (2048, 32768),
+    (4096, 16384),
+    (8192, 8192),
+    (16384, 4096),
+    (16384, 2048),
+    (32768, 1024),
+    (32768, 768),
+    (65536, 256),
+    (2048, 1024),
+    (512, 768),
+];
+const CPU_SHAPES: &[(usize, usize)] = &[
+    (1, 16777216),
+    (16, 1048576),
+    (256, 65536),
+    (4096, 4096),
+    (8192, 768),
+    (64, 256),
+];
+const EPS: f64 = 1e-5;
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let (device, mut machine) = open(&args)?;
+    let shapes = match (args.shapes.as_slice(), device.is_cuda()) {
+        ([], true) => CUDA_SHAPES,
+        ([], false) => CPU_SHAPES,
+        (given, _) => given,
+    };
+    let mut json = match &args.json {
+        Some(path) => {
+            Some(File::create(path).with_context(|| format!("cannot write {}", path.display()))?)
+        }
+        None => None,
+    };
+    println!(
+        "{:<4} {:<5} {:>7} x {:<8} {:<12} {:>11} {:>7} {:>11}",
+        "dir", "dtype", "rows", "cols", "impl", "us", "roof", "op wall us"
+    );
+    for name in &args.dtypes {
+        let dtype = match name.as_str() {
+            "f32" => DType::F32,
+            "bf16" => DType::BF16,
+            "f16" => DType::F16,
+            "f64" => DType::F64,
+            _ => bail!("--dtypes: expected f32, bf16, f16 or f64, got `{name}`"),
+        };
+        for &(rows, cols) in shapes {
+            for row in measure(&args, machine.as_mut(), &device, dtype, rows, cols)? {
+                let share = match row.roof {
+                    Some(roof) => format!("{:.1}%", 100. * roof / row.us),
+                    None => String::new(),
+                };
+                let wall = row.wall_us.map_or(String::new(), |us| format!("{us:.1}"));
+                println!(
+                    "{:<4} {name:<5} {rows:>7} x {cols:<8} {:<12} {:>11.1} {share:>7} {wall:>11}",
+                    row.dir, row.name, row.us
+                );
+                if let Some(json) = &mut json {
+                    let mut line = json!({
+                        "dir": row.dir, "dtype": name, "rows": rows, "cols": cols, "impl": row.name, "us": row.us,
+                    });
+                    if let Some(us) = row.wall_us {
+                        line["wall_us"] = us.into();
+                    }
+                    writeln!(json, "{line}")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn open(args: &Args) -> Result<(Device, Box<dyn Bench>)> {
+    #[cfg(feature = "cuda")]
+    if !args.cpu {
+        match Device::new_cuda(0) {
+            Ok(device) => {
+                let machine = cuda::Cuda::new(&device, args.reps)?;
+                println!("{}", machine.name());
+                return Ok((device, Box::new(machine)));
+            }
+            Err(error) => println!("no CUDA device, timing the CPU: {error}"),
+        }
+    }
+    println!("CPU, {} threads", rayon::current_num_threads());
+    Ok((Device::Cpu, Box::new(cpu::Cpu::new(args.reps))))
+}
+
+struct Row {
+    dir: &'static str,
+    name: &'static str,
+    us: f64,
+    /// The roofline, for all but itself.
+    roof: Option<f64>,
+    wall_us: Option<f64>,
+}
+
+fn measure(
+    args: &Args,
+    machine: &mut dyn Bench,
+    device: &Device,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+) -> Result<Vec<Row>> {
+    let param_dtype = match dtype {
+        DType::BF16 | DType::F16 if args.mixed => DType::F32,
+        dtype => dtype,
+    };
+    let random = |shape: &[usize], mean: f32, std: f32, dtype| -> Result<Tensor> {
+        Ok(Tensor::randn(mean, std, shape, device)?.to_dtype(dtype)?)
+    };
+    let x = Var::from_tensor(&random(&[rows, cols], 0.7, 1.5, dtype)?)?;
+    let weight = Var::from_tensor(&random(&[cols], 1., 0.2, param_dtype)?)?;
+    let bias = Var::from_tensor(&random(&[cols], 0., 0.2, param_dtype)?)?;
+    let dy = random(&[rows, cols], 0., 1., dtype)?;
+    let (y, backward) = bench::layer_norm(&x, &weight, &bias, EPS)?;
+    check(&x, &weight, &bias, &dy, &y, &backward)?;
+    drop(y);
+
+    let bytes = rows * cols * dtype.size_in_bytes();
+    let mut out = Vec::new();
+    let roof = machine.roof(1, bytes)?;
+    let row = |dir, name, us, roof, wall_us| Row {
+        dir,
+        name,
+        us,
+        roof,
+        wall_us,
+    };
+    out.push(row("fwd", "roof", roof, None, None));
+    let mut ours = || -> Result<()> {
+        let _ = bench::layer_norm(&x, &weight, &bias, EPS)?;
+        Ok(())
+    };
+    let us = machine.time(&mut ours)?;
+    out.push(row(
+        "fwd",
+        "ours",
+        us,
+        Some(roof),
+        Some(machine.wall(&mut ours)?),
+    ));
+    if param_dtype == dtype && dtype != DType::F64 {
+        let mut fused = || -> Result<()> {
+            candle_nn::ops::layer_norm(&x, &weight, &bias, EPS as f32)?;
+            Ok(())
+        };
+        let us = machine.time(&mut fused)?;
+        out.push(row(
+            "fwd",
+            "candle_fused",
+            us,
+            Some(roof),
+            Some(machine.wall(&mut fused)?),
+        ));
+    }
+    if args.slow {
+        let us = machine.time(&mut || {
+            candle_nn::ops::layer_norm_slow(&x, &weight, &bias, EPS as f32)?;
+            Ok(())
+        })?;
+        out.push(row("fwd", "candle_slow", us, Some(roof), None));
+    }
+
+    let roof = machine.roof(2, bytes)?;
+    out.push(row("bwd", "roof", roof, None, None));
+    let mut ours = || -> Result<()> {
+        backward(&dy)?;
+        Ok(())
+    };
+    let us = machine.time(&mut ours)?;
+    out.push(row(
+        "bwd",
+        "ours",
+        us,
+        Some(roof),
+        Some(machine.wall(&mut ours)?),
+    ));
+    if args.slow {
+        // The graph's own part: what candle's backward does for sum(y * dy) before it reaches the norm is in it too.
+        let y = candle_nn::ops::layer_norm_slow(&x, &weight, &bias, EPS as f32)?;
+        let loss = (y * &dy)?.sum_all()?;
+        let us = machine.time(&mut || {
+            loss.backward()?;
+            Ok(())
+        })?;
+        out.push(row("bwd", "candle_slow", us, Some(roof), None));
+    }
+    Ok(out)
+}
+
+/// Compares results with the composed ops in f64, by the norm of the difference.
+fn check(
+    x: &Var,
+    weight: &Var,
+    bias: &Var,
+    dy: &Tensor,
+    y: &Tensor,
+    backward: &dyn Fn(&Tensor) -> Result<bench::Gradients, candle_core::Error>,
+) -> Result<()> {
+    let (rows, cols) = x.dims2()?;
+    // f64 copies of everything: bounded, and the first rows show as much as all of them.
+    let sample = rows.min((1usize << 25).div_ceil(cols));
+    let wide = |t: &Tensor| -> Result<Var> { Ok(Var::from_tensor(&t.to_dtype(DType::F64)?)?) };
+    let (x64, w64, b64) = (wide(&x.narrow(0, 0, sample)?)?, wide(weight)?, wide(bias)?);
+    let y64 = composed::normalize(&x64, &[cols], Some(&w64), Some(&b64), true, EPS)?;
+    let tolerance = match x.dtype() {
+        DType::F64 => 1e-12,
+        DType::F32 => 1e-5,
+        _ => 1e-2,
+    };
+    let close = |what: &str, got: &Tensor, want: &Tensor| -> Result<()> {
+        let got = got.to_dtype(DType::F64)?;
+        let norm =
+            |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
+        let error = norm(&(got - want)?)? / norm(want)?;
+        ensure!(
+            error < tolerance,
+            "{what} of {rows} x {cols} {:?} is off by {error:e}",
+            x.dtype()
+        );
+        Ok(())
+    };
+    close("y", &y.narrow(0, 0, sample)?, &y64)?;
+    let dy64 = dy.narrow(0, 0, sample)?.to_dtype(DType::F64)?;
+    let grads = (y64 * dy64)?.sum_all()?.backward()?;
+    let want = |var: &Var| grads.get(var).context("the composed op gave no gradient");
+    let (Some(dx), Some(dweight), Some(dbias)) = backward(dy)? else {
+        bail!("a gradient is missing")
+    };
+    close("dx", &dx.narrow(0, 0, sample)?, want(&x64)?)?;
+    // Sums over all rows, of which a sample says nothing.
+    if sample == rows {
+        close("dweight", &dweight, want(&w64)?)?;
+        close("dbias", &dbias, want(&b64)?)?;
+    }
+    // Not the timed shape's only use of the op: the untracked path gives the same values.
+    let free = ops::layer_norm(
+        &x.as_detached_tensor(),
+        &weight.as_detached_tensor(),
+        &bias.as_detached_tensor(),
+        EPS as f32,
+    )?;
+    close(
+        "y, untracked,",
+        &free.narrow(0, 0, sample)?,
+        &y.narrow(0, 0, sample)?.to_dtype(DType::F64)?,
+    )
+}

@@ -1,0 +1,132 @@
+//! Time between CUDA events, against the device's own copy and add of 16-byte vectors.
+
+use super::Bench;
+use anyhow::{Context, Result};
+use candle_core::Device;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg, sys::CUevent_flags,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::compile_ptx;
+use std::sync::Arc;
+use std::time::Instant;
+
+const FLUSH_BYTES: usize = 1 << 30;
+const THREADS: u32 = 256;
+const SOURCE: &str = r#"
+template <int kPer> __device__ void copy(uint4* c, const uint4* a, long n) {
+  const long first = blockIdx.x * 256l * kPer + threadIdx.x;
+  uint4 v[kPer];
+  for (int k = 0; k < kPer; k++) if (first + k * 256 < n) v[k] = a[first + k * 256];
+  for (int k = 0; k < kPer; k++) if (first + k * 256 < n) c[first + k * 256] = v[k];
+}
+__device__ unsigned sum(unsigned a, unsigned b) { return __float_as_uint(__uint_as_float(a) + __uint_as_float(b)); }
+template <int kPer> __device__ void add(uint4* c, const uint4* a, const uint4* b, long n) {
+  const long first = blockIdx.x * 256l * kPer + threadIdx.x;
+  uint4 v[kPer], w[kPer];
+  for (int k = 0; k < kPer; k++) if (first + k * 256 < n) { v[k] = a[first + k * 256]; w[k] = b[first + k * 256]; }
+  for (int k = 0; k < kPer; k++) if (first + k * 256 < n)
+    c[first + k * 256] = make_uint4(sum(v[k].x, w[k].x), sum(v[k].y, w[k].y), sum(v[k].z, w[k].z), sum(v[k].w, w[k].w));
+}
+extern "C" __global__ void copy1(uint4* c, const uint4* a, const uint4*, long n) { copy<1>(c, a, n); }
+extern "C" __global__ void copy4(uint4* c, const uint4* a, const uint4*, long n) { copy<4>(c, a, n); }
+extern "C" __global__ void add1(uint4* c, const uint4* a, const uint4* b, long n) { add<1>(c, a, b, n); }
+extern "C" __global__ void add2(uint4* c, const uint4* a, const uint4* b, long n) { add<2>(c, a, b, n); }
+"#;
+
+pub struct Cuda {
+    stream: Arc<CudaStream>,
+    flush: CudaSlice<u8>,
+    /// For one input and for two: kernels and the vectors a thread takes.
+    roofs: [Vec<(CudaFunction, u32)>; 2],
+    reps: usize,
+}
+
+impl Cuda {
+    pub fn new(device: &Device, reps: usize) -> Result<Self> {
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let module = stream.context().load_module(compile_ptx(SOURCE)?)?;
+        let load = |entries: &[(&str, u32)]| -> Result<Vec<_>> {
+            entries
+                .iter()
+                .map(|&(entry, per)| Ok((module.load_function(entry)?, per)))
+                .collect()
+        };
+        Ok(Self {
+            flush: stream.alloc_zeros(FLUSH_BYTES)?,
+            roofs: [
+                load(&[("copy1", 1), ("copy4", 4)])?,
+                load(&[("add1", 1), ("add2", 2)])?,
+            ],
+            stream,
+            reps,
+        })
+    }
+
+    pub fn name(&self) -> String {
+        self.stream.context().name().unwrap_or_default()
+    }
+}
+
+impl Bench for Cuda {
+    fn time(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        for _ in 0..3 {
+            call()?;
+        }
+        let timing = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        let mut times = Vec::with_capacity(self.reps);
+        let mut events = Vec::with_capacity(self.reps);
+        // No synchronisation between calls: there the driver would take back freed memory, and the next call's
+        // allocation would pay for mapping it again.
+        for _ in 0..self.reps {
+            self.stream.memset_zeros(&mut self.flush)?;
+            let start = self.stream.record_event(timing)?;
+            call()?;
+            events.push((start, self.stream.record_event(timing)?));
+        }
+        for (start, end) in &events {
+            times.push(f64::from(start.elapsed_ms(end)?) * 1e3);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+
+    fn roof(&mut self, inputs: usize, bytes: usize) -> Result<f64> {
+        // SAFETY: the sources' values do not matter; random bits may be NaN, which costs an add nothing.
+        let alloc = || unsafe { self.stream.alloc::<u8>(bytes) };
+        let (a, b, mut c) = (alloc()?, alloc()?, alloc()?);
+        let vectors = (bytes / 16) as i64;
+        let stream = self.stream.clone();
+        let mut best = f64::INFINITY;
+        for (function, per) in self.roofs[inputs - 1].clone() {
+            let config = LaunchConfig {
+                grid_dim: (
+                    (vectors as u64).div_ceil(u64::from(THREADS * per)) as u32,
+                    1,
+                    1,
+                ),
+                block_dim: (THREADS, 1, 1),
+                shared_mem_bytes: 0,
+            };
+            best = best.min(self.time(&mut || {
+                let mut launch = stream.launch_builder(&function);
+                launch.arg(&mut c).arg(&a).arg(&b).arg(&vectors);
+                // SAFETY: (c, a, b, n): n vectors of 16 bytes in each buffer.
+                unsafe { launch.launch(config) }.context("roofline kernel")?;
+                Ok(())
+            })?);
+        }
+        Ok(best)
+    }
+
+    fn wall(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        const CALLS: u32 = 50;
+        call()?;
+        self.stream.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            call()?;
+        }
+        self.stream.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS))
+    }
+}

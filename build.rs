@@ -1,0 +1,228 @@
+//! Compiles `kernels/*.cu` to PTX, once for each pair of dtypes and each base architecture, and writes a table of the
+//! results for `src/cuda/ptx.rs`. Needs nvcc and no GPU; does nothing without the feature `cuda`.
+//!
+//! PTX of compute_80 runs on devices of compute capability 8.x, that of compute_90 on 9.0 and later.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{env, fs, io};
+
+/// (name, C type, bytes)
+type Dtype = (&'static str, &'static str, u32);
+
+const F32: Dtype = ("f32", "float", 4);
+const F64: Dtype = ("f64", "double", 8);
+const F16: Dtype = ("f16", "__half", 2);
+const BF16: Dtype = ("bf16", "__nv_bfloat16", 2);
+/// (xs, weight and bias): the pairs that `Problem` admits.
+const DTYPES: [(Dtype, Dtype); 6] = [
+    (F32, F32),
+    (F64, F64),
+    (F16, F16),
+    (F16, F32),
+    (BF16, BF16),
+    (BF16, F32),
+];
+const FILES: [&str; 4] = ["forward", "backward", "split", "finalize"];
+const HEADERS: [&str; 2] = ["common.cuh", "row.cuh"];
+
+struct Unit {
+    file: &'static str,
+    x: Dtype,
+    param: Dtype,
+    base: u32,
+}
+
+impl Unit {
+    fn name(&self) -> String {
+        format!(
+            "{}_{}_{}_sm{}",
+            self.file, self.x.0, self.param.0, self.base
+        )
+    }
+}
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    if let Err(message) = compile() {
+        // A panic would bury the sentence in a backtrace.
+        eprintln!("error: {message}");
+        std::process::exit(1);
+    }
+}
+
+fn compile() -> Result<(), String> {
+    for var in [
+        "NVCC",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CUDA_COMPUTE_CAP",
+        "CANDLE_FUSED_LAYER_NORM_PTX",
+    ] {
+        println!("cargo:rerun-if-env-changed={var}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run through cargo")?);
+    let kernels = Path::new("kernels");
+    for file in FILES {
+        println!("cargo:rerun-if-changed=kernels/{file}.cu");
+    }
+    for header in HEADERS {
+        println!("cargo:rerun-if-changed=kernels/{header}");
+    }
+    let nvcc = find_nvcc();
+    let toolkit = toolkit_version(&nvcc)?;
+    let bases = bases()?;
+
+    let mut units = Vec::new();
+    for file in FILES {
+        for (x, param) in DTYPES {
+            for &base in &bases {
+                units.push(Unit {
+                    file,
+                    x,
+                    param,
+                    base,
+                });
+            }
+        }
+    }
+    let table = table(&units, &toolkit);
+    let queue = Mutex::new(units);
+    let errors = Mutex::new(Vec::new());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                // The lock is released before the compiler runs.
+                while let Some(unit) = queue.lock().ok().and_then(|mut q| q.pop()) {
+                    if let Err(error) = compile_unit(&nvcc, kernels, &out, &unit)
+                        && let Ok(mut errors) = errors.lock()
+                    {
+                        errors.push(error);
+                    }
+                }
+            });
+        }
+    });
+    if let Some(error) = errors.into_inner().ok().and_then(|e| e.into_iter().next()) {
+        return Err(error);
+    }
+    fs::write(out.join("ptx_table.rs"), table)
+        .map_err(|e| format!("cannot write {}: {e}", out.join("ptx_table.rs").display()))
+}
+
+fn find_nvcc() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os)
+        .map(PathBuf::from)
+        .chain([PathBuf::from("/usr/local/cuda")]);
+    let exe = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
+    homes
+        .map(|home| home.join("bin").join(exe))
+        .find(|nvcc| nvcc.is_file())
+        .unwrap_or_else(|| exe.into())
+}
+
+/// The toolkit's release, `13.0` say; fails where there is none.
+fn toolkit_version(nvcc: &Path) -> Result<String, String> {
+    let missing = |e: io::Error| {
+        format!(
+            "feature `cuda` needs nvcc of a CUDA toolkit 12.0 or later, but `{}` cannot be run ({e}); put nvcc on PATH or set \
+             CUDA_HOME or NVCC. The README says how to install a toolkit from PyPI wheels. Without the feature, no toolkit is needed.",
+            nvcc.display()
+        )
+    };
+    let output = Command::new(nvcc)
+        .arg("--version")
+        .output()
+        .map_err(missing)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.split("release ")
+        .nth(1)
+        .and_then(|rest| rest.split(',').next())
+        .map(str::to_owned)
+        .ok_or_else(|| {
+            format!(
+                "`{} --version` does not name a release: {text}",
+                nvcc.display()
+            )
+        })
+}
+
+/// Both bases, or the one that CUDA_COMPUTE_CAP asks for.
+fn bases() -> Result<Vec<u32>, String> {
+    let both = vec![80, 90];
+    match env::var("CANDLE_FUSED_LAYER_NORM_PTX") {
+        Ok(all) if all == "all" => return Ok(both),
+        Ok(other) => {
+            return Err(format!(
+                "CANDLE_FUSED_LAYER_NORM_PTX: expected `all` or nothing, got `{other}`"
+            ));
+        }
+        Err(_) => {}
+    }
+    let Ok(cap) = env::var("CUDA_COMPUTE_CAP") else {
+        return Ok(both);
+    };
+    match cap.trim().replace('.', "").parse() {
+        Ok(80..=89) => Ok(vec![80]),
+        Ok(90..) => Ok(vec![90]),
+        _ => Err(format!(
+            "CUDA_COMPUTE_CAP: expected a compute capability of 80 or more (8.0: A100, and later), got `{cap}`"
+        )),
+    }
+}
+
+fn compile_unit(nvcc: &Path, kernels: &Path, out: &Path, unit: &Unit) -> Result<(), String> {
+    let source = kernels.join(format!("{}.cu", unit.file));
+    let output = Command::new(nvcc)
+        .args(["-ptx", "-std=c++17", "-O3", "-diag-suppress=177"])
+        .arg(format!("-arch=compute_{}", unit.base))
+        .arg(format!("-DLN_X={}", unit.x.1))
+        .arg(format!("-DLN_X_BYTES={}", unit.x.2))
+        .arg(format!("-DLN_PARAM={}", unit.param.1))
+        .arg("-o")
+        .arg(out.join(format!("{}.ptx", unit.name())))
+        .arg(&source)
+        .output()
+        .map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "nvcc failed on {} for {}:\n{}",
+        source.display(),
+        unit.name(),
+        String::from_utf8_lossy(&output.stderr)
+    ))
+}
+
+/// Rust source: every unit's PTX by (file, dtypes, base), under a name that no other crate or version uses.
+fn table(units: &[Unit], toolkit: &str) -> String {
+    let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
+    let mut table = format!("pub(super) const TOOLKIT: &str = {toolkit:?};\n");
+    table += "pub(super) static MODULES: &[Module] = &[\n";
+    for unit in units {
+        let name = unit.name();
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            table,
+            "    Module {{ file: {:?}, x: DType::{}, param: DType::{}, base: {}, name: {:?}, ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{name}.ptx\")) }},",
+            unit.file,
+            unit.x.0.to_uppercase(),
+            unit.param.0.to_uppercase(),
+            unit.base,
+            format!("candle-fused-layer-norm-{version}-{name}"),
+        );
+    }
+    table + "];\n"
+}

@@ -1,0 +1,342 @@
+// Backward for rows that fit on chip: a group of lanes, a block, or a cluster of blocks owns a row.
+//
+// Computes      xhat = (x - mean) * rstd, g = dy * weight, a = sum(g) / cols (0 for RMSNorm), b = sum(g * xhat) / cols,
+//               dx = rstd * (g - a - xhat * b), dweight = sum over rows of dy * xhat, dbias = sum over rows of dy.
+// Algorithm     Persistent owners stride over the rows. A thread owns the same kPer vectors of every row: weight and the
+//               f32 sums for dweight and dbias stay in its registers. It copies its own vectors of x and dy
+//               asynchronously into its own slots of a ring of kRing rows, so that no barrier guards the ring and kRing - kLag
+//               rows are in flight. A block's warps leave their two sums of a row and arrive on an mbarrier; dx of a row
+//               is written kLag rows later, when they are all there, so that nobody waits for a reduction. Blocks of a
+//               cluster send their warps' sums to each other through distributed shared memory, counted on the same
+//               mbarrier. finalize.cu adds the owners' partial dweight and dbias.
+// Bytes moved   3 * rows * cols * sizeof(X), and 16 * parts * cols for the partials, written and read (in f32).
+// Launch        backward_warp_*: block 256, `lanes` lanes (a power of 2 <= 32) a row, cols <= lanes * kPer * kVec;
+//               shared: max(kRing * 512 * kPer * kVec * sizeof(X), 8 * cols * sizeof(Acc)).
+//               backward_block_*: block B (a multiple of 32, <= kMaxThreads), cols <= B * kPer * kVec;
+//               shared: kRing * 2 * B * kPer * kVec * sizeof(X).
+//               backward_cluster_*: the same with clusters of C <= 8 blocks, cols <= C * B * kPer * kVec; sm_90.
+//               Partials: [owners, cols], an owner being a block or a cluster. kVec > 1: all pointers on 16 bytes, cols a
+//               multiple of kVec. dx, dweight_part, dbias_part, weight, mean may be null.
+// Determinism   No atomics; every sum has one order, that of lanes, warps, blocks, owners.
+// Source        Ba et al., arXiv:1607.06450, differentiated by hand.
+#include "row.cuh"
+
+constexpr int kWarpRowThreads = 256;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxThreadsSingle = 384;
+constexpr int kMaxBlocks = 8;
+// Vectors a thread. Its two sums for each element fill registers.
+constexpr int kLargeWarp = sizeof(X) == 4 ? 8 : 4;
+constexpr int kLarge = sizeof(X) == 2 ? 2 : 4;
+constexpr int kLargeSingle = sizeof(X) == 8 ? 8 : 16;
+
+// Rows in the ring of a block, and how many rows dx lags behind the sums. plan.rs sizes shared memory by the same table.
+template <int kThreadBytes> struct Ring {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  static constexpr int rows = kThreadBytes >= 64 ? 3 : 6, lag = kThreadBytes >= 64 ? 1 : 2;
+#else
+  static constexpr int rows = kThreadBytes >= 64 ? 2 : 3, lag = 1;
+#endif
+};
+template <int kThreadBytes> constexpr int kWarpRing = kThreadBytes >= 128 ? 3 : 4;
+
+#define BACKWARD_ARGUMENTS                                                                                             \
+  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
+      Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
+      const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
+      const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
+      int remove_mean
+
+// A thread's own vectors of x and dy for several rows, in shared memory. Slot s, vector k of x, then of dy; a vector of all
+// threads side by side, so that a warp's accesses are contiguous.
+template <int kVec, int kPer> struct Slots {
+  static constexpr int kBytes = kVec * sizeof(X);
+  unsigned char* own;
+  uint32_t stride;
+
+  __device__ __forceinline__ Slots(unsigned char* ring)
+      : own(ring + threadIdx.x * kBytes), stride(blockDim.x * kBytes) {}
+
+  __device__ __forceinline__ unsigned char* at(int slot, int k, int tensor) const {
+    return own + ((slot * kPer + k) * 2 + tensor) * stride;
+  }
+  // Starts the copy of one vector. A 2-byte element is more than cp.async can split: it is loaded and stored at once.
+  __device__ __forceinline__ void fill(int slot, int k, const X* x, const X* dy) const {
+    if constexpr (kBytes >= 4) {
+      copy_async<kBytes>(shared_address(at(slot, k, 0)), x);
+      copy_async<kBytes>(shared_address(at(slot, k, 1)), dy);
+    } else {
+      *reinterpret_cast<Vec<X, kVec>*>(at(slot, k, 0)) = load_once<X, kVec>(x);
+      *reinterpret_cast<Vec<X, kVec>*>(at(slot, k, 1)) = load_once<X, kVec>(dy);
+    }
+  }
+  __device__ __forceinline__ Vec<X, kVec> read(int slot, int k, int tensor) const {
+    return *reinterpret_cast<const Vec<X, kVec>*>(at(slot, k, tensor));
+  }
+};
+
+template <int kVec, int kPer>
+__device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
+  constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const Slots<kVec, kPer> slots(shared);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % lanes, warps = kWarpRowThreads / kWarp;
+  const int per_warp = kWarp / lanes;
+  const int64_t stride = int64_t(gridDim.x) * warps * per_warp;
+  const int64_t first = (int64_t(blockIdx.x) * warps + warp) * per_warp;
+  // Of the warp's first row: the same for all its lanes, which shuffle together.
+  const int iterations = first < rows ? int((rows - 1 - first) / stride + 1) : 0;
+  const Acc inv_cols = Acc(1) / cols;
+
+  Columns<kVec, kPer> own;
+#pragma unroll
+  for (int k = 0; k < kPer; k++) {
+    const int c = (k * lanes + t) * kVec;
+    if (c < cols) own.weight[k] = load_param<kVec>(weight, c, 1);
+    own.zero(k);
+  }
+  const auto row_of = [&](int it) { return first + lane / lanes + it * stride; };
+  const auto fill = [&](int it, int slot) {
+    if (it < iterations && row_of(it) < rows) {
+      const int64_t at = row_of(it) * cols;
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        const int c = (k * lanes + t) * kVec;
+        if (c < cols) slots.fill(slot, k, x + at + c, dy + at + c);
+      }
+    }
+    copy_async_commit();
+  };
+  for (int r = 0; r < kRing; r++) fill(r, r);
+  Acc next_mean = 0, next_rstd = 0;
+  const auto prefetch_statistics = [&](int it) {
+    if (it < iterations && row_of(it) < rows) {
+      next_mean = mean ? __ldg(mean + row_of(it)) : Acc(0);
+      next_rstd = __ldg(rstd + row_of(it));
+    }
+  };
+  prefetch_statistics(0);
+
+  int slot = 0;
+#pragma unroll 1
+  for (int it = 0; it < iterations; it++) {
+    const Acc m = next_mean, r = next_rstd;
+    prefetch_statistics(it + 1);
+    const int row_cols = row_of(it) < rows ? cols : 0;
+    copy_async_wait<kRing - 1>();
+    Pair sums = {0, 0};
+#pragma unroll
+    for (int k = 0; k < kPer; k++)
+      if ((k * lanes + t) * kVec < row_cols) own.add(k, slots.read(slot, k, 0), slots.read(slot, k, 1), m, r, sums);
+    const Scales s = scales_of(warp_sum(sums, lanes), r, inv_cols, remove_mean);
+    if (dx) {
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        const int c = (k * lanes + t) * kVec;
+        if (c < row_cols) own.store_dx(dx + row_of(it) * cols + c, k, slots.read(slot, k, 0), slots.read(slot, k, 1), m, r, s);
+      }
+    }
+    fill(it + kRing, slot);
+    if (++slot == kRing) slot = 0;
+  }
+
+  // Rows of one warp, then the warps in order, through shared memory that the ring no longer needs.
+  copy_async_wait<0>();
+  Acc* const part = reinterpret_cast<Acc*>(shared);
+#pragma unroll
+  for (int tensor = 0; tensor < 2; tensor++) {
+    Acc* const out = tensor ? dbias_part : dweight_part;
+    if (!out) continue;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * lanes + t) * kVec;
+#pragma unroll
+      for (int i = 0; i < kVec; i++) {
+        Acc v = tensor ? own.dbias[k][i] : own.dweight[k][i];
+        for (int o = lanes; o < kWarp; o *= 2) v += __shfl_xor_sync(kFull, v, o);
+        if (lane < lanes && c < cols) part[warp * cols + c + i] = v;
+      }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < cols; c += kWarpRowThreads) {
+      Acc sum = 0;
+      for (int w = 0; w < warps; w++) sum += part[w * cols + c];
+      out[int64_t(blockIdx.x) * cols + c] = sum;
+    }
+  }
+}
+
+template <int kVec, int kPer, bool kCluster>
+__device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
+  using R = Ring<kPer * kVec * int(sizeof(X))>;
+  constexpr int kRing = R::rows, kLag = R::lag, kMaxWarps = kMaxThreads / kWarp;
+  // A warp writes its sums of row i only after dx of row i - kLag - 1, for which every warp of the row's owner had arrived and
+  // so had read the sums of row i - 2 * kLag - 2. With more sets than that, no sum and no phase of a barrier is overrun.
+  constexpr int kSets = 8;
+  static_assert(kSets >= 2 * kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ Pair part[kSets][kCluster ? kMaxBlocks * kMaxWarps : kMaxWarps];
+  __shared__ uint64_t full[kSets];
+
+  const Slots<kVec, kPer> slots(shared);
+  const int t = threadIdx.x, threads = blockDim.x, lane = t % kWarp, warp = t / kWarp, warps = threads / kWarp;
+  uint32_t rank = 0, blocks = 1;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if constexpr (kCluster) {
+    rank = cluster_rank();
+    blocks = cluster_size();
+  }
+#endif
+  const int64_t owner = blockIdx.x / blocks, owners = gridDim.x / blocks;
+  const int iterations = owner < rows ? int((rows - 1 - owner) / owners + 1) : 0;
+  // This block's columns: whole vectors, the last block's may be fewer or none.
+  const int vectors = cols / kVec, slice = (vectors + int(blocks) - 1) / int(blocks);
+  const int begin = min(int(rank) * slice, vectors) * kVec, own_cols = min(slice * kVec, cols - begin);
+  const Acc inv_cols = Acc(1) / cols;
+
+  if (t == 0) {
+    for (int s = 0; s < kSets; s++) barrier_init(&full[s], kCluster ? 1 : warps);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  __syncthreads();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if constexpr (kCluster) cluster_sync();
+#endif
+
+  Columns<kVec, kPer> own;
+#pragma unroll
+  for (int k = 0; k < kPer; k++) {
+    const int c = (k * threads + t) * kVec;
+    if (c < own_cols) own.weight[k] = load_param<kVec>(weight, begin + c, 1);
+    own.zero(k);
+  }
+  const int64_t step = owners * cols;
+  const int64_t start = owner * cols + begin + t * kVec;
+  const X *next_x = x + start, *next_dy = dy + start;
+  X* out = dx + start;
+  const auto fill = [&](int it, int slot) {
+    if (it < iterations) {
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        const int c = k * threads * kVec;
+        if (c + t * kVec < own_cols) slots.fill(slot, k, next_x + c, next_dy + c);
+      }
+    }
+    next_x += step;
+    next_dy += step;
+    copy_async_commit();
+  };
+  for (int r = 0; r < kRing; r++) fill(r, r);
+
+  // Statistics: of the next row, and of the rows between the sums and dx.
+  Acc next_mean = 0, next_rstd = 0, lag_mean[kLag + 1], lag_rstd[kLag + 1];
+  const auto prefetch_statistics = [&](int it) {
+    if (it < iterations) {
+      const int64_t row = owner + it * owners;
+      next_mean = mean ? __ldg(mean + row) : Acc(0);
+      next_rstd = __ldg(rstd + row);
+    }
+  };
+  prefetch_statistics(0);
+
+  int sum_slot = 0, dx_slot = 0;
+#pragma unroll 1
+  for (int it = 0; it < iterations + kLag; it++) {
+#pragma unroll
+    for (int l = kLag; l > 0; l--) {
+      lag_mean[l] = lag_mean[l - 1];
+      lag_rstd[l] = lag_rstd[l - 1];
+    }
+    if (it < iterations) {
+      const int set = it % kSets;
+      const Acc m = lag_mean[0] = next_mean, r = lag_rstd[0] = next_rstd;
+      prefetch_statistics(it + 1);
+      copy_async_wait<kRing - kLag - 1>();
+      Pair sums = {0, 0};
+#pragma unroll
+      for (int k = 0; k < kPer; k++)
+        if ((k * threads + t) * kVec < own_cols) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), m, r, sums);
+      if (++sum_slot == kRing) sum_slot = 0;
+      sums = warp_sum(sums);
+      if constexpr (kCluster) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
+        if (lane < int(blocks)) send(address_in(lane, &part[set][rank * warps + warp]), sums, address_in(lane, &full[set]));
+#endif
+      } else if (lane == 0) {
+        part[set][warp] = sums;
+        barrier_arrive(&full[set]);
+      }
+    }
+    if (it >= kLag) {
+      const int row = it - kLag, set = row % kSets;
+      barrier_wait(&full[set], row / kSets & 1);
+      Pair sums = {0, 0};
+      for (int w = lane; w < int(blocks) * warps; w += kWarp) sums = sums + part[set][w];
+      const Acc m = lag_mean[kLag], r = lag_rstd[kLag];
+      const Scales s = scales_of(warp_sum(sums), r, inv_cols, remove_mean);
+      if (dx) {
+#pragma unroll
+        for (int k = 0; k < kPer; k++) {
+          const int c = k * threads * kVec;
+          if (c + t * kVec < own_cols) own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), m, r, s);
+        }
+        out += step;
+      }
+      fill(row + kRing, dx_slot);
+      if (++dx_slot == kRing) dx_slot = 0;
+    }
+  }
+  copy_async_wait<0>();
+
+#pragma unroll
+  for (int k = 0; k < kPer; k++) {
+    const int c = (k * threads + t) * kVec;
+    if (c < own_cols) {
+      const int64_t at = owner * cols + begin + c;
+#pragma unroll
+      for (int i = 0; i < kVec; i++) {
+        if (dweight_part) dweight_part[at + i] = own.dweight[k][i];
+        if (dbias_part) dbias_part[at + i] = own.dbias[k][i];
+      }
+    }
+  }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  // No block leaves while another may send to it.
+  if constexpr (kCluster) cluster_sync();
+#endif
+}
+
+#define BACKWARD_PASS dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, rows, cols, remove_mean
+#define BACKWARD_WARP(name, vec, per, blocks)                                                                          \
+  extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks)                                                \
+      backward_warp_##name(BACKWARD_ARGUMENTS, int lanes) {                                                            \
+    backward_warp<vec, per>(BACKWARD_PASS, lanes);                                                                     \
+  }
+#define BACKWARD_BLOCK(name, vec, per, threads)                                                                        \
+  extern "C" __global__ void __launch_bounds__(threads, 1) backward_block_##name(BACKWARD_ARGUMENTS) {                 \
+    backward_block<vec, per, false>(BACKWARD_PASS);                                                                    \
+  }
+
+// Suffixes are fractions of the large constants.
+BACKWARD_WARP(wide_quarter, kWide, kLargeWarp / 4, 2)
+BACKWARD_WARP(wide_half, kWide, kLargeWarp / 2, 2)
+BACKWARD_WARP(wide_full, kWide, kLargeWarp, 1)
+BACKWARD_WARP(single_half, 1, kLargeSingle / 2, 2)
+BACKWARD_WARP(single_full, 1, kLargeSingle, 1)
+BACKWARD_BLOCK(wide_half, kWide, kLarge / 2, kMaxThreads)
+BACKWARD_BLOCK(wide_full, kWide, kLarge, kMaxThreads)
+BACKWARD_BLOCK(single_full, 1, kLargeSingle, kMaxThreadsSingle)
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define BACKWARD_CLUSTER(name, vec, per, threads)                                                                      \
+  extern "C" __global__ void __launch_bounds__(threads, 1) backward_cluster_##name(BACKWARD_ARGUMENTS) {               \
+    backward_block<vec, per, true>(BACKWARD_PASS);                                                                     \
+  }
+
+BACKWARD_CLUSTER(wide_full, kWide, kLarge, kMaxThreads)
+BACKWARD_CLUSTER(single_full, 1, kLargeSingle, kMaxThreadsSingle)
+#endif

@@ -1,0 +1,143 @@
+//! Launching a planned kernel: all of the crate's `unsafe` but the allocation of outputs.
+
+use super::ptx;
+use crate::plan::Launch;
+use crate::problem::Problem;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{CudaDevice, Result};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
+use std::ffi::c_void;
+
+/// A kernel's arguments, in its order: outputs, inputs, scalars.
+///
+/// Each is kept in a cell of 8 bytes; the driver reads as many of them as the parameter has.
+pub(super) struct Arguments<'a> {
+    stream: &'a CudaStream,
+    cells: Vec<[u8; 8]>,
+    // Record, once the launch is queued, that these buffers are in use.
+    guards: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Arguments<'a> {
+    pub fn new(stream: &'a CudaStream) -> Self {
+        Self {
+            stream,
+            cells: Vec::with_capacity(16),
+            guards: Vec::with_capacity(8),
+        }
+    }
+
+    fn cell(&mut self, bytes: &[u8]) {
+        let mut cell = [0; 8];
+        cell[..bytes.len()].copy_from_slice(bytes);
+        self.cells.push(cell);
+    }
+
+    /// A buffer the kernel writes, or null.
+    pub fn output<T>(&mut self, slice: Option<&'a mut CudaSlice<T>>) {
+        let mut pointer = 0;
+        if let Some(slice) = slice.filter(|s| s.len() > 0) {
+            let (p, guard) = slice.device_ptr_mut(self.stream);
+            pointer = p;
+            self.guards.push(guard);
+        }
+        self.cell(&pointer.to_ne_bytes());
+    }
+
+    /// A buffer the kernel reads, or null.
+    pub fn input<T>(&mut self, view: Option<&'a CudaView<'a, T>>) {
+        let mut pointer = 0;
+        if let Some(view) = view {
+            let (p, guard) = view.device_ptr(self.stream);
+            pointer = p;
+            self.guards.push(guard);
+        }
+        self.cell(&pointer.to_ne_bytes());
+    }
+
+    pub fn i64(&mut self, value: usize) {
+        self.cell(&(value as i64).to_ne_bytes());
+    }
+
+    pub fn i32(&mut self, value: usize) {
+        self.cell(&(value as i32).to_ne_bytes());
+    }
+
+    pub fn bool(&mut self, value: bool) {
+        self.i32(usize::from(value));
+    }
+
+    /// A scalar in the accumulation type.
+    pub fn acc<A: super::Acc>(&mut self, value: f64) {
+        A::with_bytes(value, |bytes| self.cell(bytes));
+    }
+
+    /// Queues the kernel on the stream.
+    ///
+    /// # Safety
+    /// The arguments must be those of `launch.entry` in number, order and type, and the buffers as long as the kernel's
+    /// comments say for the problem's rows and cols. `launch` must come from [`crate::plan`] for this problem, and for
+    /// `aligned` only if every pointer is on 16 bytes.
+    pub unsafe fn launch(
+        mut self,
+        problem: &Problem,
+        device: &CudaDevice,
+        base: u32,
+        launch: &Launch,
+    ) -> Result<()> {
+        let op = problem.op_name();
+        let dtypes = (problem.dtype, problem.param_dtype);
+        let function = ptx::function(op, device, base, launch.file, dtypes, launch.entry)?;
+        // Without asking, a block has 48 KiB, of which its static shared memory takes a part.
+        if launch.shared > 0 {
+            function
+                .set_attribute(
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    launch.shared as i32,
+                )
+                .w()?;
+        }
+        let mut parameters: Vec<*mut c_void> = self
+            .cells
+            .iter_mut()
+            .map(|c| c.as_mut_ptr().cast())
+            .collect();
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
+        };
+        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+            x: launch.cluster,
+            y: 1,
+            z: 1,
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: 1,
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(launch.cluster > 1),
+        };
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: `config`, `attribute` and `parameters` outlive the call, which copies them; the caller vouches for
+        // what the parameters mean.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                function.cu_function(),
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .map_err(|error| {
+            candle_core::Error::Msg(format!("{op}: cannot launch {launch:?}: {error}"))
+        })
+    }
+}

@@ -1,0 +1,89 @@
+//! The compiled kernels, and which of them a device runs.
+
+use candle_core::{CudaDevice, DType, Result, bail};
+use cudarc::driver::CudaFunction;
+
+/// PTX of one file for one pair of dtypes.
+pub(super) struct Module {
+    file: &'static str,
+    x: DType,
+    param: DType,
+    base: u32,
+    /// Unique among crates, versions and architectures: candle caches modules by name alone.
+    name: &'static str,
+    ptx: &'static str,
+}
+
+include!(concat!(env!("OUT_DIR"), "/ptx_table.rs"));
+
+/// The newest base that this build has and the device runs.
+pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
+    let device = (capability.0 * 10 + capability.1) as u32;
+    let bases = MODULES.iter().map(|m| m.base);
+    match bases.clone().filter(|&base| base <= device).max() {
+        Some(base) => Ok(base),
+        None => bail!(
+            "{op}: device: expected compute capability {} or more, got {}.{}: {}",
+            bases
+                .min()
+                .map_or_else(String::new, |b| format!("{}.{}", b / 10, b % 10)),
+            capability.0,
+            capability.1,
+            if device >= 80 {
+                "build again with CUDA_COMPUTE_CAP unset or set for this device"
+            } else {
+                "use the CPU, or a GPU of the Ampere generation or later"
+            }
+        ),
+    }
+}
+
+pub(super) fn function(
+    op: &str,
+    device: &CudaDevice,
+    base: u32,
+    file: &str,
+    (x, param): (DType, DType),
+    entry: &str,
+) -> Result<CudaFunction> {
+    let module = MODULES
+        .iter()
+        .find(|m| m.base == base && m.x == x && m.param == param && m.file == file);
+    let Some(module) = module else {
+        bail!(
+            "{op}: no kernel `{file}` for xs of {} and weight of {}",
+            x.as_str(),
+            param.as_str()
+        )
+    };
+    device
+        .get_or_load_custom_func(entry, module.name, module.ptx)
+        .map(|function| function.into_cuda_function())
+        .map_err(|error| explain(op, module, entry, error))
+}
+
+/// Says what to do about a module that does not load.
+fn explain(
+    op: &str,
+    module: &Module,
+    entry: &str,
+    error: candle_core::Error,
+) -> candle_core::Error {
+    let text = error.to_string();
+    let advice = if text.contains("CUDA_ERROR_UNSUPPORTED_PTX_VERSION") {
+        format!(
+            "the driver is older than CUDA {TOOLKIT}, whose nvcc compiled the kernels: update the driver, or build with an older toolkit"
+        )
+    } else if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        "the device has no memory left to load it".to_string()
+    } else {
+        format!(
+            "compiled by nvcc of CUDA {TOOLKIT} for compute capability {} and later",
+            module.base
+        )
+    };
+    candle_core::Error::Msg(format!(
+        "{op}: cannot load kernel `{entry}` of `{}`: {advice}: {text}",
+        module.name
+    ))
+}

@@ -1,0 +1,177 @@
+//! The shapes that every kind and dtype is held at.
+
+use super::case::Dtypes;
+
+/// A shape with the reason it is there.
+#[derive(Debug, Clone, Copy)]
+pub struct GridShape {
+    pub rows: usize,
+    pub cols: usize,
+    pub dtypes: &'static [Dtypes],
+    pub why: &'static str,
+}
+
+const EVERY: &[Dtypes] = &Dtypes::ALL;
+/// For the widest rows: the two ways to compute (in place, and through conversion), to keep the run short.
+const TWO: &[Dtypes] = &[Dtypes::F32, Dtypes::BF16_F32];
+
+const fn every(rows: usize, cols: usize, why: &'static str) -> GridShape {
+    GridShape {
+        rows,
+        cols,
+        dtypes: EVERY,
+        why,
+    }
+}
+
+const fn two(rows: usize, cols: usize, why: &'static str) -> GridShape {
+    GridShape {
+        rows,
+        cols,
+        dtypes: TWO,
+        why,
+    }
+}
+
+/// The rows of few giant ones: x (16, 64, 256, 256) over (64, 256, 256). On the CPU, `GRID` has it reduced.
+pub const GIANT_SHAPE: [usize; 4] = [16, 64, 256, 256];
+pub const GIANT_NORMALIZED_DIMS: usize = 3;
+pub const GIANT_DTYPES: [Dtypes; 2] = [Dtypes::F32, Dtypes::BF16];
+
+pub const GRID: &[GridShape] = &[
+    every(0, 8, "no rows: empty y and dx, dweight and dbias are zeros"),
+    every(0, 4096, "no rows of a width that other kernels take"),
+    every(3, 0, "no columns: nothing to normalise"),
+    every(1, 1, "the smallest"),
+    every(9, 1, "hidden size 1: y is the bias"),
+    every(1, 2, "one row of the least width with a variance"),
+    every(5, 2, "two columns"),
+    every(9, 3, "odd, less than a vector"),
+    every(7, 7, "one less than a vector of 8"),
+    every(9, 8, "one vector of 8 halves"),
+    every(8, 31, "one less than a warp"),
+    every(9, 32, "a warp"),
+    every(5, 33, "one more than a warp"),
+    every(9, 63, "one less than two warps"),
+    every(7, 64, "two warps"),
+    every(4, 65, "one more than two warps"),
+    every(5, 127, "one less than a warp of vectors of 4"),
+    every(3, 128, "a warp of vectors of 4"),
+    every(9, 129, "one more than a warp of vectors of 4"),
+    every(
+        6,
+        255,
+        "one less than a block of 256, and than a warp of vectors of 8",
+    ),
+    every(9, 256, "a block of 256"),
+    every(2, 257, "one more than a block of 256; prime"),
+    every(5, 511, "below 512"),
+    every(9, 512, "512"),
+    every(3, 513, "above 512"),
+    every(8, 768, "GPT-2 small"),
+    every(3, 769, "above GPT-2 small; prime"),
+    every(7, 1000, "a multiple of 8 that is no power of two"),
+    every(
+        5,
+        1023,
+        "one less than a chunk of the CPU kernels, and than a full block",
+    ),
+    every(4, 1024, "a chunk, a full block"),
+    every(6, 1025, "a chunk and one element"),
+    every(3, 2047, "below 2048"),
+    every(5, 2048, "2048"),
+    every(2, 2049, "above 2048"),
+    every(4, 3072, "three chunks"),
+    every(3, 4001, "prime; no row but the first is aligned"),
+    every(3, 4095, "below 4096"),
+    every(9, 4096, "4096; more than the CPU runs serially"),
+    every(2, 4097, "above 4096"),
+    every(5, 5120, "Llama 13B"),
+    every(3, 8191, "below 8192; prime"),
+    every(4, 8192, "8192: the CPU's serial limit exactly"),
+    every(5, 8193, "above 8192: beyond the CPU's serial limit"),
+    every(3, 12288, "GPT-3"),
+    every(2, 16383, "one less than a segment of the CPU kernels"),
+    every(3, 16384, "a segment"),
+    every(2, 16385, "a segment and one element"),
+    every(3, 20000, "a segment and a part of one"),
+    every(2, 32767, "below 32768"),
+    every(1, 32768, "one row at the CPU's serial limit"),
+    every(3, 32769, "above 32768"),
+    every(2, 50257, "GPT-2's vocabulary; odd"),
+    every(
+        3,
+        65535,
+        "one less than four segments: the last width the CPU divides by rows",
+    ),
+    every(
+        2,
+        65536,
+        "four segments: the first width the CPU divides by columns; 2^16",
+    ),
+    every(1, 65537, "one row over 2^16; prime"),
+    two(3, 100003, "prime, wide; two dtypes, to keep the run short"),
+    two(
+        2,
+        131072,
+        "2^17, a long row; two dtypes, to keep the run short",
+    ),
+    two(1, 131073, "above 2^17; two dtypes, to keep the run short"),
+    two(
+        2,
+        262144,
+        "256K, KERNELS.md's long row; two dtypes, to keep the run short",
+    ),
+    two(
+        1,
+        262147,
+        "above 256K, odd; two dtypes, to keep the run short",
+    ),
+    two(
+        2,
+        1000003,
+        "a million, prime; two dtypes, to keep the run short",
+    ),
+    two(
+        3,
+        1048583,
+        "16 x 4194304 reduced for the CPU, odd; two dtypes, to keep the run short",
+    ),
+    every(1, 768, "one row of an ordinary width"),
+    every(
+        47,
+        345,
+        "ragged: neither rows nor columns are a multiple of anything",
+    ),
+    every(
+        16,
+        2048,
+        "the last number of rows without partial sums over blocks of rows",
+    ),
+    every(33, 1024, "two blocks of rows, one of them longer"),
+    every(31, 1021, "rows below two blocks of 16; prime"),
+    every(257, 33, "many narrow rows, odd on both axes"),
+    every(4099, 64, "many narrow rows; prime"),
+    every(
+        70001,
+        8,
+        "rows above 2^16, the limit of a grid's second axis",
+    ),
+    every(1031, 256, "blocks of rows on the CPU; prime"),
+    every(521, 768, "a batch of GPT-2 rows; prime"),
+    every(300, 1024, "a batch that no block size divides"),
+    every(133, 4096, "rows: one more than an H100 has multiprocessors"),
+    every(265, 2048, "rows: two waves of an H100 and one"),
+    GridShape {
+        rows: 256,
+        cols: 65537,
+        dtypes: &[Dtypes::F32],
+        why: "so many wide rows that the CPU divides them by rows again; f32 alone, to keep the run short",
+    },
+];
+
+/// The shapes that are held with `dtypes`.
+pub fn grid(dtypes: Dtypes) -> impl Iterator<Item = &'static GridShape> {
+    GRID.iter()
+        .filter(move |shape| shape.dtypes.contains(&dtypes))
+}

@@ -1,0 +1,100 @@
+//! Promise: `composed::normalize` is the same function as the fused op, in value and in gradients.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::Tensor;
+use candle_fused_layer_norm::composed;
+use common::case::{Case, Dtypes, Kind, Tracked};
+use common::compare::{Values, assert_close};
+use common::devices::devices;
+
+const SHAPES: [(&[usize], usize); 6] = [
+    (&[24], 1),
+    (&[9, 1], 1),
+    (&[7, 33], 1),
+    (&[4, 6, 10, 3], 2),
+    (&[3, 1025], 1),
+    (&[300, 64], 1),
+];
+
+fn call(
+    case: &Case,
+    xs: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> candle_core::Result<Tensor> {
+    let (shape, remove_mean) = (case.normalized_shape(), case.kind.removes_mean());
+    composed::normalize(xs, shape, weight, bias, remove_mean, f64::from(case.eps))
+}
+
+#[test]
+fn composed_equals_the_fused_op() -> Result<()> {
+    for (shape, normalized_dims) in SHAPES {
+        for kind in Kind::ALL {
+            for dtypes in Dtypes::ALL {
+                let case = Case::random(kind, dtypes, shape, normalized_dims);
+                let oracle = case.oracle();
+                for device in devices() {
+                    let fused = case.gradients(device)?;
+                    let composed =
+                        case.gradients_of(device, Tracked::ALL, |xs, weight, bias| {
+                            call(&case, xs, weight, bias)
+                        })?;
+                    let check =
+                        |output, got: Option<Tensor>, fused, oracle: Values| match (got, fused) {
+                            (Some(got), Some(fused)) => {
+                                assert_eq!(got.dtype(), Tensor::dtype(&fused), "{case}: {output}");
+                                assert_eq!(got.dims(), fused.dims(), "{case}: {output}");
+                                assert_close(&case, output, &got, &oracle.expecting(&fused)?);
+                                Ok(())
+                            }
+                            (None, None) => anyhow::Ok(()),
+                            _ => panic!("{case}: {output}: given by one of the two"),
+                        };
+                    check("y", Some(composed.y), Some(fused.y), oracle.y())?;
+                    check("dx", composed.dx, fused.dx, oracle.dx())?;
+                    check("dweight", composed.dweight, fused.dweight, oracle.dweight())?;
+                    check("dbias", composed.dbias, fused.dbias, oracle.dbias())?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn composed_takes_views() -> Result<()> {
+    for kind in Kind::ALL {
+        let case = Case::random(kind, Dtypes::F32, &[7, 33], 1);
+        for device in devices() {
+            let xs = case.xs(device)?.t()?.contiguous()?.t()?;
+            let y = call(
+                &case,
+                &xs,
+                case.weight(device)?.as_ref(),
+                case.bias(device)?.as_ref(),
+            )?;
+            assert_close(&case, "y", &y, &case.oracle().y());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn composed_takes_empty_tensors() -> Result<()> {
+    for kind in Kind::ALL {
+        for shape in [[0, 8], [3, 0]] {
+            let case = Case::random(kind, Dtypes::F32, &shape, 1);
+            let device = &candle_core::Device::Cpu;
+            let y = call(
+                &case,
+                &case.xs(device)?,
+                case.weight(device)?.as_ref(),
+                case.bias(device)?.as_ref(),
+            )?;
+            assert_eq!(y.dims(), shape, "{case}");
+        }
+    }
+    Ok(())
+}

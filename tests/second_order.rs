@@ -1,0 +1,160 @@
+//! Promise: under CANDLE_GRAD_DO_NOT_DETACH, gradients of gradients are right.
+//!
+//! candle reads the variable once a thread, so these tests are a binary of their own.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{Tensor, Var};
+use common::case::{Case, Dtypes, Kind, loss};
+use common::data::{normals, rng, tensor, values};
+use common::devices::devices;
+use common::oracle::Oracle;
+use std::sync::Once;
+
+/// Has candle keep the graph of the backward pass. First statement of every test here.
+fn do_not_detach() {
+    static SET: Once = Once::new();
+    // SAFETY: the tests of this binary call this before anything else and wait here for one another, so no other
+    // thread reads the environment meanwhile but through std, which locks it.
+    SET.call_once(|| unsafe { std::env::set_var("CANDLE_GRAD_DO_NOT_DETACH", "1") });
+}
+
+/// What the gradients are multiplied with and summed, to have a scalar of them.
+struct Probe {
+    dx: Vec<f64>,
+    dweight: Vec<f64>,
+}
+
+impl Probe {
+    fn new(case: &Case) -> Self {
+        let mut rng = rng(3);
+        Self {
+            dx: normals(&mut rng, case.x.len()),
+            dweight: normals(&mut rng, case.cols()),
+        }
+    }
+
+    /// sum(dx * probe) + sum(dweight * probe), by the oracle.
+    fn of_oracle(&self, case: &Case) -> f64 {
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let oracle: Oracle = case.oracle();
+        let dweight = if case.kind.has_weight() {
+            dot(&oracle.dweight().want, &self.dweight)
+        } else {
+            0.
+        };
+        dot(&oracle.dx().want, &self.dx) + dweight
+    }
+}
+
+type Field = fn(&mut Case) -> Option<&mut Vec<f64>>;
+
+fn finite_differences(case: &Case, probe: &Probe, field: Field) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let len = field(&mut case.clone()).map_or(0, |values| values.len());
+    (0..len)
+        .map(|index| {
+            let moved = |step| {
+                let mut case = case.clone();
+                if let Some(values) = field(&mut case) {
+                    values[index] += step;
+                }
+                probe.of_oracle(&case)
+            };
+            (moved(STEP) - moved(-STEP)) / (2. * STEP)
+        })
+        .collect()
+}
+
+#[test]
+fn gradients_of_gradients_equal_finite_differences() -> Result<()> {
+    do_not_detach();
+    for kind in Kind::ALL {
+        for (shape, normalized_dims) in [(&[3, 7][..], 1), (&[2, 3, 4], 2)] {
+            let case = Case::random(kind, Dtypes::F64, shape, normalized_dims);
+            let probe = Probe::new(&case);
+            for device in devices() {
+                let var = |param: Option<Tensor>| param.map(|p| Var::from_tensor(&p)).transpose();
+                let xs = Var::from_tensor(&case.xs(device)?)?;
+                let dy = Var::from_tensor(&case.dy(device)?)?;
+                let (weight, bias) = (var(case.weight(device)?)?, var(case.bias(device)?)?);
+                let y = case.apply(&xs, weight.as_deref(), bias.as_deref())?;
+                let grads = loss(&y, &dy)?.backward()?;
+
+                let gradient = |var: &Var| grads.get(var).expect("a first gradient").clone();
+                let like = |values: &[f64], like: &Tensor| {
+                    tensor(values, like.shape(), like.dtype(), device)
+                };
+                let mut second = loss(&gradient(&xs), &like(&probe.dx, &xs)?)?;
+                if let Some(weight) = &weight {
+                    let of_weight = loss(&gradient(weight), &like(&probe.dweight, weight)?)?;
+                    second = (second + of_weight)?;
+                }
+                let grads = second.backward()?;
+
+                let checks: [(&str, Field, Option<&Var>); 3] = [
+                    ("xs", |case| Some(&mut case.x), Some(&xs)),
+                    ("dy", |case| Some(&mut case.dy), Some(&dy)),
+                    ("weight", |case| case.weight.as_mut(), weight.as_ref()),
+                ];
+                for (name, field, var) in checks {
+                    let Some(var) = var else { continue };
+                    let got = grads
+                        .get(var)
+                        .unwrap_or_else(|| panic!("{case}: none for {name}"));
+                    let want = finite_differences(&case, &probe, field);
+                    for (index, (got, want)) in values(got)?.into_iter().zip(want).enumerate() {
+                        assert!(
+                            (got - want).abs() <= 1e-6 * (1. + want.abs()),
+                            "{case}: second gradient of {name}[{index}]: expected {want}, got {got}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first gradients are those of the fused op here as well.
+#[test]
+fn first_gradients_equal_f64() -> Result<()> {
+    do_not_detach();
+    for kind in Kind::ALL {
+        for dtypes in Dtypes::ALL {
+            let case = Case::random(kind, dtypes, &[7, 33], 1);
+            for device in devices() {
+                case.check(device, common::case::Tracked::ALL, &case.gradients(device)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A gradient penalty, what second order is used for: the norm of dx, differentiated into the weight.
+#[test]
+fn gradient_penalty_trains_the_weight() -> Result<()> {
+    do_not_detach();
+    let case = Case::random(Kind::LayerNorm, Dtypes::F32, &[4, 16], 1);
+    for device in devices() {
+        let xs = Var::from_tensor(&case.xs(device)?)?;
+        let weight = Var::from_tensor(&case.weight(device)?.expect("a layer norm has one"))?;
+        let penalty = |weight: &Tensor| -> Result<Tensor> {
+            let y = case.apply(&xs, Some(weight), case.bias(device)?.as_ref())?;
+            let grads = loss(&y, &case.dy(device)?)?.backward()?;
+            let dx = grads.get(&xs).expect("a first gradient");
+            Ok(dx.sqr()?.sum_all()?)
+        };
+        let before = penalty(&weight)?;
+        let gradient = before.backward()?;
+        let gradient = gradient.get(&weight).expect("a gradient of the penalty");
+        let after = penalty(&(weight.as_tensor() - (gradient * 1e-3)?)?)?;
+        let (before, after) = (before.to_scalar::<f32>()?, after.to_scalar::<f32>()?);
+        assert!(
+            after < before,
+            "a step down the gradient: {before} to {after}"
+        );
+    }
+    Ok(())
+}
