@@ -1,7 +1,7 @@
 // Backward for rows that fit on chip: a group of lanes, a block, or a cluster of blocks owns a row.
 //
 // Computes      xhat = (x - mean) * rstd, g = dy * weight, a = sum(g) / cols (0 for RMSNorm), b = sum(g * xhat) / cols,
-//               dx = rstd * (g - a - xhat * b), dweight = sum over rows of dy * xhat, dbias = sum over rows of dy.
+//               dx = (g - a - xhat * b) * rstd, dweight = sum over rows of dy * xhat, dbias = sum over rows of dy.
 // Algorithm     Persistent owners stride over the rows. A thread owns the same kPer vectors of every row: weight and the
 //               f32 sums for dweight and dbias stay in its registers. It copies its own vectors of x and dy
 //               asynchronously into its own slots of a ring of kRing rows, so that no barrier guards the ring and kRing - kLag
@@ -22,8 +22,8 @@
 #include "row.cuh"
 
 constexpr int kWarpRowThreads = 256;
-constexpr int kMaxThreads = 512;
-constexpr int kMaxThreadsSingle = 384;
+constexpr int kMaxThreads = sizeof(X) == 8 ? 384 : 512;
+constexpr int kMaxThreadsSingle = 256;
 constexpr int kMaxBlocks = 8;
 // Vectors a thread. Its two sums for each element fill registers.
 constexpr int kLargeWarp = sizeof(X) == 4 ? 8 : 4;
@@ -47,39 +47,11 @@ template <int kThreadBytes> constexpr int kWarpRing = kThreadBytes >= 128 ? 3 : 
       const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
       int remove_mean
 
-// A thread's own vectors of x and dy for several rows, in shared memory. Slot s, vector k of x, then of dy; a vector of all
-// threads side by side, so that a warp's accesses are contiguous.
-template <int kVec, int kPer> struct Slots {
-  static constexpr int kBytes = kVec * sizeof(X);
-  unsigned char* own;
-  uint32_t stride;
-
-  __device__ __forceinline__ Slots(unsigned char* ring)
-      : own(ring + threadIdx.x * kBytes), stride(blockDim.x * kBytes) {}
-
-  __device__ __forceinline__ unsigned char* at(int slot, int k, int tensor) const {
-    return own + ((slot * kPer + k) * 2 + tensor) * stride;
-  }
-  // Starts the copy of one vector. A 2-byte element is more than cp.async can split: it is loaded and stored at once.
-  __device__ __forceinline__ void fill(int slot, int k, const X* x, const X* dy) const {
-    if constexpr (kBytes >= 4) {
-      copy_async<kBytes>(shared_address(at(slot, k, 0)), x);
-      copy_async<kBytes>(shared_address(at(slot, k, 1)), dy);
-    } else {
-      *reinterpret_cast<Vec<X, kVec>*>(at(slot, k, 0)) = load_once<X, kVec>(x);
-      *reinterpret_cast<Vec<X, kVec>*>(at(slot, k, 1)) = load_once<X, kVec>(dy);
-    }
-  }
-  __device__ __forceinline__ Vec<X, kVec> read(int slot, int k, int tensor) const {
-    return *reinterpret_cast<const Vec<X, kVec>*>(at(slot, k, tensor));
-  }
-};
-
 template <int kVec, int kPer>
 __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
   constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
   extern __shared__ __align__(16) unsigned char shared[];
-  const Slots<kVec, kPer> slots(shared);
+  const Slots<kVec, kPer, 2> slots(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % lanes, warps = kWarpRowThreads / kWarp;
   const int per_warp = kWarp / lanes;
   const int64_t stride = int64_t(gridDim.x) * warps * per_warp;
@@ -92,18 +64,17 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * lanes + t) * kVec;
-    if (c < cols) own.weight[k] = load_param<kVec>(weight, c, 1);
-    own.zero(k);
+    own.start(k, weight, c, c < cols);
   }
   const auto row_of = [&](int it) { return first + lane / lanes + it * stride; };
   const auto fill = [&](int it, int slot) {
-    if (it < iterations && row_of(it) < rows) {
-      const int64_t at = row_of(it) * cols;
+    const bool valid = it < iterations && row_of(it) < rows;
+    const int64_t at = row_of(it) * cols;
 #pragma unroll
-      for (int k = 0; k < kPer; k++) {
-        const int c = (k * lanes + t) * kVec;
-        if (c < cols) slots.fill(slot, k, x + at + c, dy + at + c);
-      }
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * lanes + t) * kVec;
+      slots.fill(slot, k, 0, x + at + c, valid && c < cols);
+      slots.fill(slot, k, 1, dy + at + c, valid && c < cols);
     }
     copy_async_commit();
   };
@@ -116,24 +87,24 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
     }
   };
   prefetch_statistics(0);
+  // One column less its own mean is nothing, whatever the rounding.
+  const Acc varies = cols > 1 || !remove_mean;
 
   int slot = 0;
 #pragma unroll 1
   for (int it = 0; it < iterations; it++) {
-    const Acc m = next_mean, r = next_rstd;
+    const Centered row = {next_rstd * varies, -next_mean * next_rstd * varies};
     prefetch_statistics(it + 1);
-    const int row_cols = row_of(it) < rows ? cols : 0;
     copy_async_wait<kRing - 1>();
     Pair sums = {0, 0};
 #pragma unroll
-    for (int k = 0; k < kPer; k++)
-      if ((k * lanes + t) * kVec < row_cols) own.add(k, slots.read(slot, k, 0), slots.read(slot, k, 1), m, r, sums);
-    const Scales s = scales_of(warp_sum(sums, lanes), r, inv_cols, remove_mean);
-    if (dx) {
+    for (int k = 0; k < kPer; k++) own.add(k, slots.read(slot, k, 0), slots.read(slot, k, 1), row, sums);
+    const Scales s = scales_of(warp_sum(sums, lanes), row, inv_cols, remove_mean);
+    if (dx && row_of(it) < rows) {
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const int c = (k * lanes + t) * kVec;
-        if (c < row_cols) own.store_dx(dx + row_of(it) * cols + c, k, slots.read(slot, k, 0), slots.read(slot, k, 1), m, r, s);
+        if (c < cols) own.store_dx(dx + row_of(it) * cols + c, k, slots.read(slot, k, 0), slots.read(slot, k, 1), s);
       }
     }
     fill(it + kRing, slot);
@@ -179,7 +150,7 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   __shared__ Pair part[kSets][kCluster ? kMaxBlocks * kMaxWarps : kMaxWarps];
   __shared__ uint64_t full[kSets];
 
-  const Slots<kVec, kPer> slots(shared);
+  const Slots<kVec, kPer, 2> slots(shared);
   const int t = threadIdx.x, threads = blockDim.x, lane = t % kWarp, warp = t / kWarp, warps = threads / kWarp;
   uint32_t rank = 0, blocks = 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -196,7 +167,7 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   const Acc inv_cols = Acc(1) / cols;
 
   if (t == 0) {
-    for (int s = 0; s < kSets; s++) barrier_init(&full[s], kCluster ? 1 : warps);
+    for (int s = 0; s < kSets; s++) barrier_init(&full[s], kCluster ? 1 : 2 * warps);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -210,20 +181,19 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * threads + t) * kVec;
-    if (c < own_cols) own.weight[k] = load_param<kVec>(weight, begin + c, 1);
-    own.zero(k);
+    own.start(k, weight, begin + c, c < own_cols);
   }
   const int64_t step = owners * cols;
   const int64_t start = owner * cols + begin + t * kVec;
   const X *next_x = x + start, *next_dy = dy + start;
   X* out = dx + start;
   const auto fill = [&](int it, int slot) {
-    if (it < iterations) {
 #pragma unroll
-      for (int k = 0; k < kPer; k++) {
-        const int c = k * threads * kVec;
-        if (c + t * kVec < own_cols) slots.fill(slot, k, next_x + c, next_dy + c);
-      }
+    for (int k = 0; k < kPer; k++) {
+      const int c = k * threads * kVec;
+      const bool valid = it < iterations && c + t * kVec < own_cols;
+      slots.fill(slot, k, 0, next_x + c, valid);
+      slots.fill(slot, k, 1, next_dy + c, valid);
     }
     next_x += step;
     next_dy += step;
@@ -232,7 +202,8 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   for (int r = 0; r < kRing; r++) fill(r, r);
 
   // Statistics: of the next row, and of the rows between the sums and dx.
-  Acc next_mean = 0, next_rstd = 0, lag_mean[kLag + 1], lag_rstd[kLag + 1];
+  Acc next_mean = 0, next_rstd = 0;
+  Centered lagged[kLag + 1];
   const auto prefetch_statistics = [&](int it) {
     if (it < iterations) {
       const int64_t row = owner + it * owners;
@@ -246,43 +217,38 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
 #pragma unroll 1
   for (int it = 0; it < iterations + kLag; it++) {
 #pragma unroll
-    for (int l = kLag; l > 0; l--) {
-      lag_mean[l] = lag_mean[l - 1];
-      lag_rstd[l] = lag_rstd[l - 1];
-    }
+    for (int l = kLag; l > 0; l--) lagged[l] = lagged[l - 1];
     if (it < iterations) {
       const int set = it % kSets;
-      const Acc m = lag_mean[0] = next_mean, r = lag_rstd[0] = next_rstd;
+      const Centered row = lagged[0] = {next_rstd, -next_mean * next_rstd};
       prefetch_statistics(it + 1);
       copy_async_wait<kRing - kLag - 1>();
       Pair sums = {0, 0};
 #pragma unroll
-      for (int k = 0; k < kPer; k++)
-        if ((k * threads + t) * kVec < own_cols) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), m, r, sums);
+      for (int k = 0; k < kPer; k++) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), row, sums);
       if (++sum_slot == kRing) sum_slot = 0;
-      sums = warp_sum(sums);
+      const Acc half = warp_sum_by_halves(sums);
       if constexpr (kCluster) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
         if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
-        if (lane < int(blocks)) send(address_in(lane, &part[set][rank * warps + warp]), sums, address_in(lane, &full[set]));
+        const int to = lane % (kWarp / 2);
+        Pair* const own_part = &part[set][rank * warps + warp];
+        if (to < int(blocks)) send(address_in(to, to == lane ? &own_part->a : &own_part->b), half, address_in(to, &full[set]));
 #endif
-      } else if (lane == 0) {
-        part[set][warp] = sums;
-        barrier_arrive(&full[set]);
+      } else {
+        leave_part(part[set][warp], half);
+        if (lane % (kWarp / 2) == 0) barrier_arrive(&full[set]);
       }
     }
     if (it >= kLag) {
       const int row = it - kLag, set = row % kSets;
       barrier_wait(&full[set], row / kSets & 1);
-      Pair sums = {0, 0};
-      for (int w = lane; w < int(blocks) * warps; w += kWarp) sums = sums + part[set][w];
-      const Acc m = lag_mean[kLag], r = lag_rstd[kLag];
-      const Scales s = scales_of(warp_sum(sums), r, inv_cols, remove_mean);
+      const Scales s = scales_of(sum_parts(part[set], blocks * warps), lagged[kLag], inv_cols, remove_mean);
       if (dx) {
 #pragma unroll
         for (int k = 0; k < kPer; k++) {
           const int c = k * threads * kVec;
-          if (c + t * kVec < own_cols) own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), m, r, s);
+          if (c + t * kVec < own_cols) own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), s);
         }
         out += step;
       }
@@ -327,7 +293,9 @@ BACKWARD_WARP(wide_half, kWide, kLargeWarp / 2, 2)
 BACKWARD_WARP(wide_full, kWide, kLargeWarp, 1)
 BACKWARD_WARP(single_half, 1, kLargeSingle / 2, 2)
 BACKWARD_WARP(single_full, 1, kLargeSingle, 1)
+#if LN_X_BYTES != 2
 BACKWARD_BLOCK(wide_half, kWide, kLarge / 2, kMaxThreads)
+#endif
 BACKWARD_BLOCK(wide_full, kWide, kLarge, kMaxThreads)
 BACKWARD_BLOCK(single_full, 1, kLargeSingle, kMaxThreadsSingle)
 

@@ -51,23 +51,7 @@ template <typename T, int kVec> struct alignas(sizeof(T) * kVec < 16 ? sizeof(T)
   __device__ __forceinline__ Acc operator[](int i) const { return widen(v[i]); }
 };
 
-// x, dy: read once, so kept out of L1, which is left to weight and bias.
-template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_once(const T* p) {
-  Vec<T, kVec> r;
-  if constexpr (sizeof(r) == 16) {
-    uint4 u;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w) : "l"(p));
-    r = *reinterpret_cast<Vec<T, kVec>*>(&u);
-  } else {
-    static_assert(kVec == 1, "a vector is 16 bytes or one element");
-    r.v[0] = __ldg(p);
-  }
-  return r;
-}
-
-// weight, bias: shared by all rows.
-template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_shared_by_rows(const T* p) {
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec(const T* p) {
   Vec<T, kVec> r;
   if constexpr (sizeof(r) >= 16) {
     static_assert(sizeof(r) % 16 == 0, "whole 16-byte parts");
@@ -82,7 +66,7 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_sha
 
 // The vector at column c of a weight or bias that may be absent.
 template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent) {
-  if (p) return load_shared_by_rows<Param, kVec>(p + c);
+  if (p) return load_vec<Param, kVec>(p + c);
   Vec<Param, kVec> r;
 #pragma unroll
   for (int i = 0; i < kVec; i++) r.v[i] = Param(absent);
@@ -115,22 +99,47 @@ __device__ __forceinline__ Acc warp_sum(Acc v, int lanes = kWarp) {
   for (int o = lanes / 2; o; o >>= 1) v += __shfl_xor_sync(kFull, v, o);
   return v;
 }
-__device__ __forceinline__ Pair warp_sum(Pair p, int lanes = kWarp) {
-  for (int o = lanes / 2; o; o >>= 1) {
-    p.a += __shfl_xor_sync(kFull, p.a, o);
-    p.b += __shfl_xor_sync(kFull, p.b, o);
-  }
-  return p;
+
+// Both sums at little more than the price of one: the lower half of the lanes goes on with a, the upper with b. Returns the sum
+// that the lane's half has.
+__device__ __forceinline__ Acc warp_sum_by_halves(Pair p, int lanes = kWarp) {
+  const bool upper = threadIdx.x & lanes / 2;
+  const Acc v = (upper ? p.b : p.a) + __shfl_xor_sync(kFull, upper ? p.a : p.b, lanes / 2);
+  return warp_sum(v, lanes / 2);
+}
+// Gives all lanes both.
+__device__ __forceinline__ Pair from_halves(Acc v, int lanes = kWarp) {
+  const Acc other = __shfl_xor_sync(kFull, v, lanes / 2);
+  return threadIdx.x & lanes / 2 ? Pair{other, v} : Pair{v, other};
+}
+// `lanes` >= 2.
+__device__ __forceinline__ Pair warp_sum(Pair p, int lanes = kWarp) { return from_halves(warp_sum_by_halves(p, lanes), lanes); }
+
+// A warp's part of a sum over several warps: lane 0 leaves a, lane 16 b.
+__device__ __forceinline__ void leave_part(Pair& part, Acc half) {
+  if (threadIdx.x % (kWarp / 2) == 0) (threadIdx.x % kWarp ? part.b : part.a) = half;
+}
+// The sum of `count` parts, for all lanes.
+__device__ __forceinline__ Pair sum_parts(const Pair* part, int count) {
+  const bool upper = threadIdx.x & kWarp / 2;
+  Acc v = 0;
+  for (int i = threadIdx.x % (kWarp / 2); i < count; i += kWarp / 2) v += upper ? part[i].b : part[i].a;
+  return from_halves(warp_sum(v, kWarp / 2));
 }
 
-// Sum over the block, in the order of its warps; all threads must call it and get the result. Uses `part`, one slot a
-// warp, with one barrier inside and none at the end: the next call must use other slots.
+// Sum over the block, in one order; all threads must call it and get the result. Uses `part`, one slot a warp, with one
+// barrier inside and none at the end: the next call must use other slots.
 __device__ __forceinline__ Pair block_sum(Pair p, Pair (&part)[kWarp]) {
-  p = warp_sum(p);
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = p;
+  leave_part(part[threadIdx.x / kWarp], warp_sum_by_halves(p));
   __syncthreads();
+  return sum_parts(part, blockDim.x / kWarp);
+}
+__device__ __forceinline__ Acc block_sum(Acc v, Pair (&part)[kWarp]) {
+  v = warp_sum(v);
   const int lane = threadIdx.x % kWarp;
-  return warp_sum(lane < int(blockDim.x / kWarp) ? part[lane] : Pair{0, 0});
+  if (lane == 0) part[threadIdx.x / kWarp].a = v;
+  __syncthreads();
+  return warp_sum(lane < int(blockDim.x / kWarp) ? part[lane].a : Acc(0));
 }
 
 // mean and the sum of squared deviations of `count` values; merges by Chan et al. (1979).
@@ -152,10 +161,14 @@ __device__ __forceinline__ Moments moments_about(Acc center, Pair sums, Acc coun
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+// Copies kBytes, or writes zeros and reads nothing.
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");
-  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void copy_async_wait() {
@@ -202,23 +215,17 @@ __device__ __forceinline__ uint32_t address_in(uint32_t rank, const void* p) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
   return r;
 }
-__device__ __forceinline__ void store_remote(uint32_t to, Pair p) {
-  if constexpr (sizeof(Acc) == 4)
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(float(p.a)), "f"(float(p.b)) : "memory");
-  else
-    asm volatile("st.shared::cluster.v2.f64 [%0], {%1,%2};" ::"r"(to), "d"(double(p.a)), "d"(double(p.b)) : "memory");
-}
 __device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
-// Writes a pair into another block's shared memory and counts its bytes on that block's barrier.
-__device__ __forceinline__ void send(uint32_t to, Pair p, uint32_t barrier) {
+// Writes a value into another block's shared memory and counts its bytes on that block's barrier.
+__device__ __forceinline__ void send(uint32_t to, Acc v, uint32_t barrier) {
   if constexpr (sizeof(Acc) == 4)
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(to), "f"(float(p.a)),
-                 "f"(float(p.b)), "r"(barrier) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(float(v)), "r"(barrier)
+                 : "memory");
   else
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [%0], {%1,%2}, [%3];" ::"r"(to), "d"(double(p.a)),
-                 "d"(double(p.b)), "r"(barrier) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f64 [%0], %1, [%2];" ::"r"(to), "d"(double(v)), "r"(barrier)
+                 : "memory");
 }
 #endif

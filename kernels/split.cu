@@ -17,7 +17,7 @@
 // Source        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 #include "row.cuh"
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 384;
 constexpr int kMaxThreadsSingle = 256;
 // Rows a block of split_gradients serves: their scales are in shared memory.
 constexpr int kMaxShare = 1024;
@@ -86,8 +86,8 @@ __device__ __forceinline__ void split_sums(Pair* part, const X* x, const X* dy, 
   for (int k = 0; k < kPer; k++) {
     const int c = (k * blockDim.x + threadIdx.x) * kVec;
     if (c < tile.cols) {
-      xs[k] = load_once<X, kVec>(x + at + c);
-      dys[k] = load_once<X, kVec>(dy + at + c);
+      xs[k] = load_vec<X, kVec>(x + at + c);
+      dys[k] = load_vec<X, kVec>(dy + at + c);
     }
   }
   const Acc m = mean ? mean[tile.row] : Acc(0), r = rstd[tile.row];
@@ -132,8 +132,7 @@ __device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* d
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * blockDim.x + threadIdx.x) * kVec;
-    if (c < tile_cols) own.weight[k] = load_param<kVec>(weight, begin + c, 1);
-    own.zero(k);
+    own.start(k, weight, begin + c, c < tile_cols);
   }
   __syncthreads();
 
@@ -141,24 +140,25 @@ __device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* d
 #pragma unroll 1
   for (int i = 0; i < own_rows; i++) {
     const int64_t row = share + i * shares, at = row * cols + begin;
-    const Acc m = mean ? __ldg(mean + row) : Acc(0), r = __ldg(rstd + row);
+    const Acc r = __ldg(rstd + row);
+    const Centered centered = {r, mean ? -__ldg(mean + row) * r : Acc(0)};
     Vec<X, kVec> xs[kPer], dys[kPer];
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * blockDim.x + threadIdx.x) * kVec;
       if (c < tile_cols) {
-        xs[k] = load_once<X, kVec>(x + at + c);
-        dys[k] = load_once<X, kVec>(dy + at + c);
+        xs[k] = load_vec<X, kVec>(x + at + c);
+        dys[k] = load_vec<X, kVec>(dy + at + c);
       }
     }
-    const Scales s = scales_of(row_sums[i], r, inv_cols, remove_mean);
+    const Scales s = scales_of(row_sums[i], centered, inv_cols, remove_mean);
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * blockDim.x + threadIdx.x) * kVec;
       if (c < tile_cols) {
         Pair unused = {0, 0};
-        own.add(k, xs[k], dys[k], m, r, unused);
-        if (dx) own.store_dx(dx + at + c, k, xs[k], dys[k], m, r, s);
+        own.add(k, xs[k], dys[k], centered, unused);
+        if (dx) own.store_dx(dx + at + c, k, xs[k], dys[k], s);
       }
     }
   }
@@ -177,19 +177,19 @@ __device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* d
 }
 
 #define SPLIT(name, vec, forward_per, backward_per, threads)                                                           \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
+  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
       split_moments_##name(Pair* __restrict__ part /* [rows, tiles] */, const X* __restrict__ x /* [rows, cols] */,    \
                            int64_t rows, int cols, int tiles, int remove_mean) {                                       \
     split_moments<vec, forward_per>(part, x, rows, cols, tiles, remove_mean);                                          \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
+  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
       split_normalize_##name(X* __restrict__ y /* [rows, cols] */, Acc* __restrict__ mean /* [rows] */,                \
                              Acc* __restrict__ rstd /* [rows] */, const Pair* __restrict__ part /* [rows, tiles] */,   \
                              const X* __restrict__ x /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */, \
                              const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, int tiles, Acc eps) { \
     split_normalize<vec, forward_per>(y, mean, rstd, part, x, weight, bias, rows, cols, tiles, eps);                   \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
+  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
       split_sums_##name(Pair* __restrict__ part /* [rows, tiles] */, const X* __restrict__ x /* [rows, cols] */,       \
                         const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */,    \
                         const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,          \
