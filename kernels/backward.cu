@@ -93,7 +93,7 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
   int slot = 0;
 #pragma unroll 1
   for (int it = 0; it < iterations; it++) {
-    const Centered row = {next_rstd * varies, -next_mean * next_rstd * varies};
+    const RowStatistics row = {next_mean, next_rstd * varies};
     prefetch_statistics(it + 1);
     copy_async_wait<kRing - 1>();
     Pair sums = {0, 0};
@@ -104,7 +104,7 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const int c = (k * lanes + t) * kVec;
-        if (c < cols) own.store_dx(dx + row_of(it) * cols + c, k, slots.read(slot, k, 0), slots.read(slot, k, 1), s);
+        own.store_dx(dx + row_of(it) * cols + c, k, slots.read(slot, k, 0), slots.read(slot, k, 1), s, c < cols);
       }
     }
     fill(it + kRing, slot);
@@ -183,8 +183,7 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
     const int c = (k * threads + t) * kVec;
     own.start(k, weight, begin + c, c < own_cols);
   }
-  const int64_t step = owners * cols;
-  const int64_t start = owner * cols + begin + t * kVec;
+  const int64_t step_elements = owners * cols, start = owner * cols + begin + t * kVec;
   const X *next_x = x + start, *next_dy = dy + start;
   X* out = dx + start;
   const auto fill = [&](int it, int slot) {
@@ -195,15 +194,15 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
       slots.fill(slot, k, 0, next_x + c, valid);
       slots.fill(slot, k, 1, next_dy + c, valid);
     }
-    next_x += step;
-    next_dy += step;
+    next_x += step_elements;
+    next_dy += step_elements;
     copy_async_commit();
   };
   for (int r = 0; r < kRing; r++) fill(r, r);
 
   // Statistics: of the next row, and of the rows between the sums and dx.
   Acc next_mean = 0, next_rstd = 0;
-  Centered lagged[kLag + 1];
+  RowStatistics lagged[kLag + 1];
   const auto prefetch_statistics = [&](int it) {
     if (it < iterations) {
       const int64_t row = owner + it * owners;
@@ -213,21 +212,37 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   };
   prefetch_statistics(0);
 
+  // One step takes the sums of row `it` and dx of row it - kLag, side by side, so that the latency of either's shuffles is
+  // filled with the other's arithmetic. The first steps have no dx, the last no sums.
   int sum_slot = 0, dx_slot = 0;
-#pragma unroll 1
-  for (int it = 0; it < iterations + kLag; it++) {
+  const auto step = [&](int it, auto with_sums, auto with_dx) {
+    constexpr bool kSums = decltype(with_sums)::value, kDx = decltype(with_dx)::value;
+    const int set = it % kSets, lag_row = it - kLag, lag_set = lag_row % kSets;
+    if constexpr (kDx) barrier_wait(&full[lag_set], lag_row / kSets & 1);
+    if constexpr (kSums) copy_async_wait<kRing - kLag - 1>();
 #pragma unroll
     for (int l = kLag; l > 0; l--) lagged[l] = lagged[l - 1];
-    if (it < iterations) {
-      const int set = it % kSets;
-      const Centered row = lagged[0] = {next_rstd, -next_mean * next_rstd};
+    Pair row_sums = {0, 0}, sums = {0, 0};
+    if constexpr (kDx) row_sums = sum_parts(part[lag_set], blocks * warps);
+    if constexpr (kSums) {
+      lagged[0] = {next_mean, next_rstd};
       prefetch_statistics(it + 1);
-      copy_async_wait<kRing - kLag - 1>();
-      Pair sums = {0, 0};
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), row, sums);
+      for (int k = 0; k < kPer; k++) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), lagged[0], sums);
       if (++sum_slot == kRing) sum_slot = 0;
-      const Acc half = warp_sum_by_halves(sums);
+    }
+    Acc half = 0;
+    if constexpr (kSums) half = warp_sum_by_halves(sums);
+    if constexpr (kDx) {
+      const Scales s = scales_of(row_sums, lagged[kLag], inv_cols, remove_mean);
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        const int c = k * threads * kVec;
+        own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), s, dx && c + t * kVec < own_cols);
+      }
+      out += step_elements;
+    }
+    if constexpr (kSums) {
       if constexpr (kCluster) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
         if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
@@ -240,22 +255,22 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
         if (lane % (kWarp / 2) == 0) barrier_arrive(&full[set]);
       }
     }
-    if (it >= kLag) {
-      const int row = it - kLag, set = row % kSets;
-      barrier_wait(&full[set], row / kSets & 1);
-      const Scales s = scales_of(sum_parts(part[set], blocks * warps), lagged[kLag], inv_cols, remove_mean);
-      if (dx) {
-#pragma unroll
-        for (int k = 0; k < kPer; k++) {
-          const int c = k * threads * kVec;
-          if (c + t * kVec < own_cols) own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), s);
-        }
-        out += step;
-      }
-      fill(row + kRing, dx_slot);
+    if constexpr (kDx) {
+      fill(lag_row + kRing, dx_slot);
       if (++dx_slot == kRing) dx_slot = 0;
     }
-  }
+  };
+  const Yes yes;
+  const No no;
+  int it = 0;
+#pragma unroll 1
+  for (; it < min(kLag, iterations); it++) step(it, yes, no);
+#pragma unroll 1
+  for (; it < kLag; it++) step(it, no, no);
+#pragma unroll 1
+  for (; it < iterations; it++) step(it, yes, yes);
+#pragma unroll 1
+  for (; it < iterations + kLag; it++) step(it, no, yes);
   copy_async_wait<0>();
 
 #pragma unroll

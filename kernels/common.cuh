@@ -20,6 +20,10 @@ constexpr int kWide = 16 / sizeof(X);
 constexpr int kWarp = 32;
 constexpr unsigned kFull = 0xffffffffu;
 
+// Choices made at compile time, passed as arguments.
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
 struct alignas(2 * sizeof(Acc)) Pair {
   Acc a, b;
 };

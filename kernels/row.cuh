@@ -81,17 +81,17 @@ template <int kVec, int kPer, int kTensors> struct Slots {
   }
 };
 
-// The coefficients of a row: xhat = x * rstd + shift, dx = (dy * weight + offset + x * slope) * rstd.
-struct Centered {
-  Acc rstd, shift;
+// The coefficients of a row: xhat = (x - mean) * rstd, dx = (dy * weight + offset + (x - mean) * slope) * rstd.
+struct RowStatistics {
+  Acc mean, rstd;
 };
 struct Scales {
-  Acc slope, offset, rstd;
+  Acc mean, slope, offset, rstd;
 };
 // `sums` over the row: of dy * weight and of dy * weight * xhat.
-__device__ __forceinline__ Scales scales_of(Pair sums, Centered row, Acc inv_cols, bool remove_mean) {
+__device__ __forceinline__ Scales scales_of(Pair sums, RowStatistics row, Acc inv_cols, bool remove_mean) {
   const Acc b = sums.b * inv_cols, a = remove_mean ? sums.a * inv_cols : Acc(0);
-  return {-row.rstd * b, -(row.shift * b) - a, row.rstd};
+  return {row.mean, -row.rstd * b, -a, row.rstd};
 }
 
 // What a thread keeps of its columns over all its rows. Columns past the last are zero in x, dy and weight.
@@ -108,20 +108,21 @@ template <int kVec, int kPer> struct Columns {
     for (int i = 0; i < kVec; i++) dweight[k][i] = dbias[k][i] = 0;
   }
   // Adds vector k of a row to the sums over rows, and its part of the row's own sums to `sums`.
-  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, Centered row, Pair& sums) {
+  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, RowStatistics row, Pair& sums) {
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
-      const Acc xhat = x[i] * row.rstd + row.shift, d = dy[i], g = d * weight[k][i];
+      const Acc xhat = (x[i] - row.mean) * row.rstd, d = dy[i], g = d * weight[k][i];
       sums.a += g;
       sums.b += g * xhat;
       dbias[k][i] += d;
       dweight[k][i] += d * xhat;
     }
   }
-  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, Scales s) const {
+  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, Scales s,
+                                           bool valid = true) const {
     Acc f[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = (dy[i] * weight[k][i] + s.offset + x[i] * s.slope) * s.rstd;
-    store<X, kVec>(dx, f);
+    for (int i = 0; i < kVec; i++) f[i] = (dy[i] * weight[k][i] + s.offset + (x[i] - s.mean) * s.slope) * s.rstd;
+    if (valid) store<X, kVec>(dx, f);
   }
 };

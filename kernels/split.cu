@@ -140,8 +140,7 @@ __device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* d
 #pragma unroll 1
   for (int i = 0; i < own_rows; i++) {
     const int64_t row = share + i * shares, at = row * cols + begin;
-    const Acc r = __ldg(rstd + row);
-    const Centered centered = {r, mean ? -__ldg(mean + row) * r : Acc(0)};
+    const RowStatistics stats = {mean ? __ldg(mean + row) : Acc(0), __ldg(rstd + row)};
     Vec<X, kVec> xs[kPer], dys[kPer];
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
@@ -151,13 +150,13 @@ __device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* d
         dys[k] = load_vec<X, kVec>(dy + at + c);
       }
     }
-    const Scales s = scales_of(row_sums[i], centered, inv_cols, remove_mean);
+    const Scales s = scales_of(row_sums[i], stats, inv_cols, remove_mean);
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * blockDim.x + threadIdx.x) * kVec;
       if (c < tile_cols) {
         Pair unused = {0, 0};
-        own.add(k, xs[k], dys[k], centered, unused);
+        own.add(k, xs[k], dys[k], stats, unused);
         if (dx) own.store_dx(dx + at + c, k, xs[k], dys[k], s);
       }
     }
