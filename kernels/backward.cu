@@ -30,10 +30,11 @@ constexpr int kLargeWarp = sizeof(X) == 4 ? 8 : 4;
 constexpr int kLarge = sizeof(X) == 2 ? 2 : 4;
 constexpr int kLargeSingle = sizeof(X) == 8 ? 8 : 16;
 
-// Rows in the ring of a block, and how many rows dx lags behind the sums. plan.rs sizes shared memory by the same table.
+// Rows in the ring of a block, by the bytes of a row that a thread holds, and how many rows dx lags behind the sums. plan.rs sizes
+// shared memory by the same table.
 template <int kThreadBytes> struct Ring {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  static constexpr int rows = kThreadBytes >= 64 ? 3 : 6, lag = kThreadBytes >= 64 ? 1 : 2;
+  static constexpr int rows = kThreadBytes >= 64 ? 3 : 6, lag = kThreadBytes >= 64 ? 1 : sizeof(X) == 2 ? 3 : 2;
 #else
   static constexpr int rows = kThreadBytes >= 64 ? 2 : 3, lag = 1;
 #endif
@@ -141,11 +142,11 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS, int lanes) {
 template <int kVec, int kPer, bool kCluster>
 __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   using R = Ring<kPer * kVec * int(sizeof(X))>;
-  constexpr int kRing = R::rows, kLag = R::lag, kMaxWarps = kMaxThreads / kWarp;
-  // A warp writes its sums of row i only after dx of row i - kLag - 1, for which every warp of the row's owner had arrived and
-  // so had read the sums of row i - 2 * kLag - 2. With more sets than that, no sum and no phase of a barrier is overrun.
+  constexpr int kRing = R::rows, kLag = R::lag, kMaxWarps = 16;
+  // A warp leaves its sums of row i after it gathered those of row i - kLag, which every warp of the row's owner had left, and so
+  // had gathered those of row i - 2 * kLag. With more sets than that, no sum and no phase of a barrier is overrun.
   constexpr int kSets = 8;
-  static_assert(kSets >= 2 * kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
+  static_assert(kSets > 2 * kLag && kRing > kLag && kMaxThreads <= kMaxWarps * kWarp, "sets and ring rows that cannot be overrun");
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Pair part[kSets][kCluster ? kMaxBlocks * kMaxWarps : kMaxWarps];
   __shared__ uint64_t full[kSets];
@@ -212,49 +213,57 @@ __device__ __forceinline__ void backward_block(BACKWARD_ARGUMENTS) {
   };
   prefetch_statistics(0);
 
-  // One step takes the sums of row `it` and dx of row it - kLag, side by side, so that the latency of either's shuffles is
-  // filled with the other's arithmetic. The first steps have no dx, the last no sums.
   int sum_slot = 0, dx_slot = 0;
+  const auto add_row = [&](int it) {
+    copy_async_wait<kRing - kLag - 1>();
+    lagged[0] = {next_mean, next_rstd};
+    prefetch_statistics(it + 1);
+    Pair sums = {0, 0};
+#pragma unroll
+    for (int k = 0; k < kPer; k++) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), lagged[0], sums);
+    if (++sum_slot == kRing) sum_slot = 0;
+    return warp_sum_by_halves(sums);
+  };
+  const auto leave_sums = [&](int it, Acc half) {
+    const int set = it % kSets;
+    if constexpr (kCluster) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
+      const int to = lane % (kWarp / 2);
+      Pair* const own_part = &part[set][rank * warps + warp];
+      if (to < int(blocks)) send(address_in(to, to == lane ? &own_part->a : &own_part->b), half, address_in(to, &full[set]));
+#endif
+    } else {
+      leave_part(part[set][warp], half);
+      if (lane % (kWarp / 2) == 0) barrier_arrive(&full[set]);
+    }
+  };
+  const auto gather_sums = [&](int row) {
+    barrier_wait(&full[row % kSets], row / kSets & 1);
+    return sum_parts(part[row % kSets], blocks * warps);
+  };
+  const auto write_dx = [&](Pair row_sums) {
+    const Scales s = scales_of(row_sums, lagged[kLag], inv_cols, remove_mean);
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = k * threads * kVec;
+      own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), s, dx && c + t * kVec < own_cols);
+    }
+    out += step_elements;
+  };
+  // One step takes the sums of row `it` and writes dx of row it - kLag. The first steps have no dx, the last no sums.
   const auto step = [&](int it, auto with_sums, auto with_dx) {
     constexpr bool kSums = decltype(with_sums)::value, kDx = decltype(with_dx)::value;
-    const int set = it % kSets, lag_row = it - kLag, lag_set = lag_row % kSets;
-    if constexpr (kDx) barrier_wait(&full[lag_set], lag_row / kSets & 1);
-    if constexpr (kSums) copy_async_wait<kRing - kLag - 1>();
+    const int lag_row = it - kLag;
 #pragma unroll
     for (int l = kLag; l > 0; l--) lagged[l] = lagged[l - 1];
-    Pair row_sums = {0, 0}, sums = {0, 0};
-    if constexpr (kDx) row_sums = sum_parts(part[lag_set], blocks * warps);
-    if constexpr (kSums) {
-      lagged[0] = {next_mean, next_rstd};
-      prefetch_statistics(it + 1);
-#pragma unroll
-      for (int k = 0; k < kPer; k++) own.add(k, slots.read(sum_slot, k, 0), slots.read(sum_slot, k, 1), lagged[0], sums);
-      if (++sum_slot == kRing) sum_slot = 0;
-    }
+    // Side by side: the latency of either's shuffles is filled with the other's arithmetic.
+    Pair row_sums = {0, 0};
     Acc half = 0;
-    if constexpr (kSums) half = warp_sum_by_halves(sums);
-    if constexpr (kDx) {
-      const Scales s = scales_of(row_sums, lagged[kLag], inv_cols, remove_mean);
-#pragma unroll
-      for (int k = 0; k < kPer; k++) {
-        const int c = k * threads * kVec;
-        own.store_dx(out + c, k, slots.read(dx_slot, k, 0), slots.read(dx_slot, k, 1), s, dx && c + t * kVec < own_cols);
-      }
-      out += step_elements;
-    }
-    if constexpr (kSums) {
-      if constexpr (kCluster) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-        if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
-        const int to = lane % (kWarp / 2);
-        Pair* const own_part = &part[set][rank * warps + warp];
-        if (to < int(blocks)) send(address_in(to, to == lane ? &own_part->a : &own_part->b), half, address_in(to, &full[set]));
-#endif
-      } else {
-        leave_part(part[set][warp], half);
-        if (lane % (kWarp / 2) == 0) barrier_arrive(&full[set]);
-      }
-    }
+    if constexpr (kDx) row_sums = gather_sums(lag_row);
+    if constexpr (kSums) half = add_row(it);
+    if constexpr (kDx) write_dx(row_sums);
+    if constexpr (kSums) leave_sums(it, half);
     if constexpr (kDx) {
       fill(lag_row + kRing, dx_slot);
       if (++dx_slot == kRing) dx_slot = 0;

@@ -44,8 +44,8 @@ template <> struct Half2<__nv_bfloat16> { using type = __nv_bfloat162; };
 __device__ __forceinline__ __half2 narrow2(float a, float b, __half2*) { return __floats2half2_rn(a, b); }
 __device__ __forceinline__ __nv_bfloat162 narrow2(float a, float b, __nv_bfloat162*) { return __floats2bfloat162_rn(a, b); }
 
-__device__ __forceinline__ float rsqrt_acc(float v) { return 1.f / sqrtf(v); }
-__device__ __forceinline__ double rsqrt_acc(double v) { return 1. / sqrt(v); }
+__device__ __forceinline__ float rsqrt_acc(float v) { return __frsqrt_rn(v); }
+__device__ __forceinline__ double rsqrt_acc(double v) { return rsqrt(v); }
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
@@ -123,11 +123,15 @@ __device__ __forceinline__ Pair warp_sum(Pair p, int lanes = kWarp) { return fro
 __device__ __forceinline__ void leave_part(Pair& part, Acc half) {
   if (threadIdx.x % (kWarp / 2) == 0) (threadIdx.x % kWarp ? part.b : part.a) = half;
 }
-// The sum of `count` parts, for all lanes.
-__device__ __forceinline__ Pair sum_parts(const Pair* part, int count) {
-  const bool upper = threadIdx.x & kWarp / 2;
+// The sum of the first `count` of kParts parts, for all lanes.
+template <int kParts> __device__ __forceinline__ Pair sum_parts(const Pair (&part)[kParts], int count) {
+  static_assert(kParts % (kWarp / 2) == 0, "whole halves of a warp");
+  const int lane = threadIdx.x % (kWarp / 2);
+  const Acc* const own = threadIdx.x & kWarp / 2 ? &part[lane].b : &part[lane].a;
   Acc v = 0;
-  for (int i = threadIdx.x % (kWarp / 2); i < count; i += kWarp / 2) v += upper ? part[i].b : part[i].a;
+#pragma unroll
+  for (int i = 0; i < kParts; i += kWarp / 2)
+    if (i + lane < count) v += own[2 * i];
   return from_halves(warp_sum(v, kWarp / 2));
 }
 
@@ -153,9 +157,9 @@ struct Moments {
 
 // From the sums of (x - center) and (x - center)^2. What is left of the mean after `center` corrects both, so that
 // mean >> std costs no accuracy although `center` was summed in the accumulation type.
-__device__ __forceinline__ Moments moments_about(Acc center, Pair sums, Acc count, bool remove_mean) {
+__device__ __forceinline__ Moments moments_about(Acc center, Pair sums, Acc inv_count, bool remove_mean) {
   if (!remove_mean) return {0, sums.b};
-  const Acc rest = sums.a / count;
+  const Acc rest = sums.a * inv_count;
   const Acc m2 = sums.b - sums.a * rest;
   // A NaN must reach the output: not fmax.
   return {center + rest, m2 < 0 ? Acc(0) : m2};

@@ -45,7 +45,7 @@ __device__ __forceinline__ void forward_warp(X* y, Acc* mean, Acc* rstd, const X
   Slice<kVec, kPer> slice;
   slice.load(x, t, lanes, cols);
   const Acc center = remove_mean ? warp_sum(slice.sums(0, t, lanes, cols).a, lanes) * inv_cols : Acc(0);
-  const Moments m = moments_about(center, warp_sum(slice.sums(center, t, lanes, cols), lanes), cols, remove_mean);
+  const Moments m = moments_about(center, warp_sum(slice.sums(center, t, lanes, cols), lanes), inv_cols, remove_mean);
   const Acc r = rsqrt_acc(m.m2 * inv_cols + eps);
   slice.normalize(y, weight, bias, m.mean, r, t, lanes, cols);
   if (t == 0 && row < rows) {
@@ -63,8 +63,9 @@ __device__ __forceinline__ void forward_block(X* y, Acc* mean, Acc* rstd, const 
   y += row * cols;
   Slice<kVec, kPer> slice;
   slice.load(x, threadIdx.x, blockDim.x, cols);
-  const Moments m = block_moments(slice, cols, remove_mean, part);
-  const Acc r = rsqrt_acc(m.m2 / cols + eps);
+  const Acc inv_cols = Acc(1) / cols;
+  const Moments m = block_moments(slice, cols, inv_cols, remove_mean, part);
+  const Acc r = rsqrt_acc(m.m2 * inv_cols + eps);
   slice.normalize(y, weight, bias, m.mean, r, threadIdx.x, blockDim.x, cols);
   if (threadIdx.x == 0) {
     if (mean) mean[row] = m.mean;
@@ -107,7 +108,7 @@ __device__ __forceinline__ void forward_cluster(X* y, Acc* mean, Acc* rstd, cons
     counts[i] = w < int(blocks) * warps ? columns_of(w) : 0;
   }
   const int own_count = columns_of(rank * warps + warp);
-  const Acc count = max(own_count, 1), inv_count = Acc(1) / count;
+  const Acc inv_count = Acc(1) / max(own_count, 1);
 
   if (t == 0) {
     for (int s = 0; s < kSets; s++) barrier_init(&full[s], 1);
@@ -168,7 +169,7 @@ __device__ __forceinline__ void forward_cluster(X* y, Acc* mean, Acc* rstd, cons
           sums.b += d * d;
         }
       }
-      const Moments m = moments_about(center, warp_sum(sums), count, remove_mean);
+      const Moments m = moments_about(center, warp_sum(sums), inv_count, remove_mean);
       if (t == 0) barrier_expect(&full[set], blocks * warps * sizeof(Pair));
       const int to = lane % (kWarp / 2);
       Pair* const own = &part[set][rank * warps + warp];

@@ -50,12 +50,12 @@ template <int kVec, int kPer> struct Slice {
 
 // Moments of the block's slice of a row, `cols` columns long.
 template <int kVec, int kPer>
-__device__ __forceinline__ Moments block_moments(const Slice<kVec, kPer>& slice, int cols, int remove_mean,
+__device__ __forceinline__ Moments block_moments(const Slice<kVec, kPer>& slice, int cols, Acc inv_cols, int remove_mean,
                                                  Pair (&part)[2][kWarp]) {
   const int t = threadIdx.x, threads = blockDim.x;
   Acc center = 0;
-  if (remove_mean) center = block_sum(slice.sums(0, t, threads, cols).a, part[0]) / cols;
-  return moments_about(center, block_sum(slice.sums(center, t, threads, cols), part[1]), cols, remove_mean);
+  if (remove_mean) center = block_sum(slice.sums(0, t, threads, cols).a, part[0]) * inv_cols;
+  return moments_about(center, block_sum(slice.sums(center, t, threads, cols), part[1]), inv_cols, remove_mean);
 }
 
 // A thread's own vectors of kTensors tensors for several rows, in shared memory: slot, vector, tensor; a vector of all threads

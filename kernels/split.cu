@@ -41,7 +41,7 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
   const Tile tile = tile_at<kVec, kPer>(blockIdx.x, rows, cols);
   Slice<kVec, kPer> slice;
   slice.load(x + tile.row * cols + tile.begin, threadIdx.x, blockDim.x, tile.cols);
-  const Moments m = block_moments(slice, tile.cols, remove_mean, scratch);
+  const Moments m = block_moments(slice, tile.cols, Acc(1) / tile.cols, remove_mean, scratch);
   if (threadIdx.x == 0) part[tile.row * tiles + tile.index] = {m.mean, m.m2};
 }
 

@@ -13,24 +13,30 @@ use std::time::Instant;
 const FLUSH_BYTES: usize = 1 << 30;
 const THREADS: u32 = 256;
 const SOURCE: &str = r#"
-template <int kPer> __device__ void copy(uint4* c, const uint4* a, long n) {
-  const long first = blockIdx.x * 256l * kPer + threadIdx.x;
+#define ENTRY extern "C" __global__ void __launch_bounds__(256)
+template <int kPer> __device__ void copy(uint4* __restrict__ c, const uint4* __restrict__ a, long long n) {
+  const long long first = blockIdx.x * 256ll * kPer + threadIdx.x;
   uint4 v[kPer];
+#pragma unroll
   for (int k = 0; k < kPer; k++) if (first + k * 256 < n) v[k] = a[first + k * 256];
+#pragma unroll
   for (int k = 0; k < kPer; k++) if (first + k * 256 < n) c[first + k * 256] = v[k];
 }
 __device__ unsigned sum(unsigned a, unsigned b) { return __float_as_uint(__uint_as_float(a) + __uint_as_float(b)); }
-template <int kPer> __device__ void add(uint4* c, const uint4* a, const uint4* b, long n) {
-  const long first = blockIdx.x * 256l * kPer + threadIdx.x;
+template <int kPer>
+__device__ void add(uint4* __restrict__ c, const uint4* __restrict__ a, const uint4* __restrict__ b, long long n) {
+  const long long first = blockIdx.x * 256ll * kPer + threadIdx.x;
   uint4 v[kPer], w[kPer];
+#pragma unroll
   for (int k = 0; k < kPer; k++) if (first + k * 256 < n) { v[k] = a[first + k * 256]; w[k] = b[first + k * 256]; }
+#pragma unroll
   for (int k = 0; k < kPer; k++) if (first + k * 256 < n)
     c[first + k * 256] = make_uint4(sum(v[k].x, w[k].x), sum(v[k].y, w[k].y), sum(v[k].z, w[k].z), sum(v[k].w, w[k].w));
 }
-extern "C" __global__ void copy1(uint4* c, const uint4* a, const uint4*, long n) { copy<1>(c, a, n); }
-extern "C" __global__ void copy4(uint4* c, const uint4* a, const uint4*, long n) { copy<4>(c, a, n); }
-extern "C" __global__ void add1(uint4* c, const uint4* a, const uint4* b, long n) { add<1>(c, a, b, n); }
-extern "C" __global__ void add2(uint4* c, const uint4* a, const uint4* b, long n) { add<2>(c, a, b, n); }
+ENTRY copy1(uint4* c, const uint4* a, const uint4*, long long n) { copy<1>(c, a, n); }
+ENTRY copy4(uint4* c, const uint4* a, const uint4*, long long n) { copy<4>(c, a, n); }
+ENTRY add1(uint4* c, const uint4* a, const uint4* b, long long n) { add<1>(c, a, b, n); }
+ENTRY add2(uint4* c, const uint4* a, const uint4* b, long long n) { add<2>(c, a, b, n); }
 "#;
 
 pub struct Cuda {

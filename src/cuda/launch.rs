@@ -36,7 +36,7 @@ impl<'a> Arguments<'a> {
     /// A buffer the kernel writes, or null.
     pub fn output<T>(&mut self, slice: Option<&'a mut CudaSlice<T>>) {
         let mut pointer = 0;
-        if let Some(slice) = slice.filter(|s| s.len() > 0) {
+        if let Some(slice) = slice.filter(|s| !s.is_empty()) {
             let (p, guard) = slice.device_ptr_mut(self.stream);
             pointer = p;
             self.guards.push(guard);

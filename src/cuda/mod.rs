@@ -249,7 +249,6 @@ fn forward_typed<T: Element, P: Element>(
     // split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, tiles, eps). y is [rows, cols], mean and rstd are [rows],
     // weight and bias [cols], as Problem checked.
     unsafe { args.launch(problem, device, facts.base, second.first().unwrap_or(first))? };
-    drop(part);
     Ok(wrap(y, mean, rstd))
 }
 
@@ -355,7 +354,6 @@ fn backward_typed<T: Element, P: Element>(
     // split_gradients(dx, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols, tiles, remove_mean). dx is
     // [rows, cols], the parts are [plan.parts, cols]. x, dy, weight, mean and rstd have the shapes of the forward pass.
     unsafe { args.launch(problem, device, facts.base, second.first().unwrap_or(first))? };
-    drop(part);
 
     let param = |wanted: bool| wanted.then(|| alloc::<P>(device, cols)).transpose();
     let (mut dweight, mut dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
