@@ -320,7 +320,10 @@ BACKWARD_WARP(single_full, 1, kLargeSingle, 1)
 #if LN_X_BYTES != 2
 BACKWARD_BLOCK(wide_half, kWide, kLarge / 2, kMaxThreads)
 #endif
+// f32 at 64 bytes a thread spills on some devices; with clusters, two blocks take such rows.
+#if LN_X_BYTES != 4 || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
 BACKWARD_BLOCK(wide_full, kWide, kLarge, kMaxThreads)
+#endif
 BACKWARD_BLOCK(single_full, 1, kLargeSingle, kMaxThreadsSingle)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
