@@ -120,7 +120,7 @@ pub const GRID: &[GridShape] = &[
     two(
         2,
         262144,
-        "256K, KERNELS.md's long row; two dtypes, to keep the run short",
+        "256K, a long row; two dtypes, to keep the run short",
     ),
     two(
         1,
@@ -136,6 +136,27 @@ pub const GRID: &[GridShape] = &[
         3,
         1048583,
         "16 x 4194304 reduced for the CPU, odd; two dtypes, to keep the run short",
+    ),
+    // Aligned rows just past what an owner of a row holds on CUDA; powers of two above are the last ones held.
+    every(3, 258, "f64: the first past a warp"),
+    every(3, 1032, "the first past a warp"),
+    every(2, 3074, "f64: the first past a block, backward"),
+    every(2, 4100, "f32: the first past a block, backward"),
+    every(2, 8200, "halves: the first past a block, backward"),
+    every(2, 10240, "unaligned views: the last in a block, forward"),
+    every(2, 10241, "unaligned: the first past a block, forward"),
+    every(2, 16392, "the first past a block, forward"),
+    every(2, 65544, "the first past a cluster, backward"),
+    two(2, 131080, "the first past a cluster, forward; two dtypes"),
+    two(
+        1401,
+        4096,
+        "rows enough for a persistent block to pass all its buffers; two dtypes, to keep the run short",
+    ),
+    two(
+        170,
+        65528,
+        "rows enough for a cluster to pass all its buffers; two dtypes, to keep the run short",
     ),
     every(1, 768, "one row of an ordinary width"),
     every(
