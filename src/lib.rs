@@ -4,7 +4,8 @@
 //! anything is tracked) -> the custom op's `cpu_fwd` or `cuda_fwd` -> on CUDA, `plan` chooses kernel and grid as plain data ->
 //! allocation -> launch. mean and rstd stay in the op value when something is tracked.
 //!
-//! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> at most two launches -> tensors.
+//! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> one launch (two for rows longer than a
+//! cluster holds), and one that adds partial dweight and dbias -> tensors.
 #![warn(missing_docs)]
 #![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
 
