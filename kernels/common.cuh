@@ -36,8 +36,6 @@ __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-template <typename T> __device__ __forceinline__ T narrow(Acc v);
-template <> __device__ __forceinline__ Acc narrow<Acc>(Acc v) { return v; }
 template <typename T> struct Half2;
 template <> struct Half2<__half> { using type = __half2; };
 template <> struct Half2<__nv_bfloat16> { using type = __nv_bfloat162; };

@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 
-// kPer vectors of a row, a thread's own; those past the row are zero and are left out of every sum.
+// kPer vectors of a row, a thread's own; those past the row are neither loaded nor read.
 template <int kVec, int kPer> struct Slice {
   Vec<X, kVec> v[kPer];
 
