@@ -27,35 +27,7 @@ fn grid_equals_f64(dtypes: Dtypes) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn grid_equals_f64_for_f32() -> Result<()> {
-    grid_equals_f64(Dtypes::F32)
-}
-
-#[test]
-fn grid_equals_f64_for_f64() -> Result<()> {
-    grid_equals_f64(Dtypes::F64)
-}
-
-#[test]
-fn grid_equals_f64_for_f16() -> Result<()> {
-    grid_equals_f64(Dtypes::F16)
-}
-
-#[test]
-fn grid_equals_f64_for_bf16() -> Result<()> {
-    grid_equals_f64(Dtypes::BF16)
-}
-
-#[test]
-fn grid_equals_f64_for_f16_with_f32_weight_and_bias() -> Result<()> {
-    grid_equals_f64(Dtypes::F16_F32)
-}
-
-#[test]
-fn grid_equals_f64_for_bf16_with_f32_weight_and_bias() -> Result<()> {
-    grid_equals_f64(Dtypes::BF16_F32)
-}
+grid_tests!(grid_equals_f64);
 
 #[test]
 fn giant_rows_equal_f64_on_cuda() -> Result<()> {

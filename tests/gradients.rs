@@ -4,7 +4,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use common::case::{Case, Dtypes, Kind, Tracked, loss};
+use common::case::{Case, Dtypes, Field, Kind, Tracked, loss};
 use common::compare::{Values, assert_close, assert_same_bits};
 use common::data::{normals, rng, rounded, tensor, values};
 use common::devices::{cuda_devices, devices};
@@ -33,35 +33,7 @@ fn grid_equals_f64(dtypes: Dtypes) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn grid_equals_f64_for_f32() -> Result<()> {
-    grid_equals_f64(Dtypes::F32)
-}
-
-#[test]
-fn grid_equals_f64_for_f64() -> Result<()> {
-    grid_equals_f64(Dtypes::F64)
-}
-
-#[test]
-fn grid_equals_f64_for_f16() -> Result<()> {
-    grid_equals_f64(Dtypes::F16)
-}
-
-#[test]
-fn grid_equals_f64_for_bf16() -> Result<()> {
-    grid_equals_f64(Dtypes::BF16)
-}
-
-#[test]
-fn grid_equals_f64_for_f16_with_f32_weight_and_bias() -> Result<()> {
-    grid_equals_f64(Dtypes::F16_F32)
-}
-
-#[test]
-fn grid_equals_f64_for_bf16_with_f32_weight_and_bias() -> Result<()> {
-    grid_equals_f64(Dtypes::BF16_F32)
-}
+grid_tests!(grid_equals_f64);
 
 #[test]
 fn giant_rows_equal_f64_on_cuda() -> Result<()> {
@@ -101,28 +73,6 @@ fn untracked_loss(case: &Case, device: &Device) -> Result<f64> {
     Ok(loss(&case.forward(device)?, &case.dy(device)?)?.to_scalar()?)
 }
 
-/// Central differences of [`untracked_loss`] along each element that `field` finds in a case.
-fn finite_differences(
-    case: &Case,
-    device: &Device,
-    field: fn(&mut Case) -> Option<&mut Vec<f64>>,
-) -> Result<Vec<f64>> {
-    const STEP: f64 = 1e-5;
-    let len = field(&mut case.clone()).map_or(0, |values| values.len());
-    (0..len)
-        .map(|index| {
-            let moved = |step| {
-                let mut case = case.clone();
-                if let Some(values) = field(&mut case) {
-                    values[index] += step;
-                }
-                untracked_loss(&case, device)
-            };
-            Ok((moved(STEP)? - moved(-STEP)?) / (2. * STEP))
-        })
-        .collect()
-}
-
 /// The op against itself, and with it the oracle.
 #[test]
 fn gradients_equal_finite_differences_in_f64() -> Result<()> {
@@ -134,7 +84,6 @@ fn gradients_equal_finite_differences_in_f64() -> Result<()> {
             let oracle = case.oracle();
             for device in devices() {
                 let outputs = case.gradients(device)?;
-                type Field = fn(&mut Case) -> Option<&mut Vec<f64>>;
                 let gradients: [(&str, Field, _, _); 3] = [
                     ("dx", |case| Some(&mut case.x), outputs.dx, oracle.dx()),
                     (
@@ -153,7 +102,8 @@ fn gradients_equal_finite_differences_in_f64() -> Result<()> {
                 for (name, field, gradient, oracle) in gradients {
                     let Some(gradient) = gradient else { continue };
                     let gradient = values(&gradient)?;
-                    let differences = finite_differences(&case, device, field)?;
+                    let differences =
+                        case.finite_differences(field, |case| untracked_loss(case, device))?;
                     assert_eq!(gradient.len(), differences.len(), "{case}: {name}");
                     for (index, want) in differences.into_iter().enumerate() {
                         for got in [gradient[index], oracle.want[index]] {

@@ -6,7 +6,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{Tensor, Var};
-use common::case::{Case, Dtypes, Kind, loss};
+use common::case::{Case, Dtypes, Field, Kind, loss};
 use common::data::{normals, rng, tensor, values};
 use common::devices::devices;
 use common::oracle::Oracle;
@@ -48,25 +48,6 @@ impl Probe {
     }
 }
 
-type Field = fn(&mut Case) -> Option<&mut Vec<f64>>;
-
-fn finite_differences(case: &Case, probe: &Probe, field: Field) -> Vec<f64> {
-    const STEP: f64 = 1e-5;
-    let len = field(&mut case.clone()).map_or(0, |values| values.len());
-    (0..len)
-        .map(|index| {
-            let moved = |step| {
-                let mut case = case.clone();
-                if let Some(values) = field(&mut case) {
-                    values[index] += step;
-                }
-                probe.of_oracle(&case)
-            };
-            (moved(STEP) - moved(-STEP)) / (2. * STEP)
-        })
-        .collect()
-}
-
 #[test]
 fn gradients_of_gradients_equal_finite_differences() -> Result<()> {
     do_not_detach();
@@ -103,7 +84,7 @@ fn gradients_of_gradients_equal_finite_differences() -> Result<()> {
                     let got = grads
                         .get(var)
                         .unwrap_or_else(|| panic!("{case}: none for {name}"));
-                    let want = finite_differences(&case, &probe, field);
+                    let want = case.finite_differences(field, |case| Ok(probe.of_oracle(case)))?;
                     for (index, (got, want)) in values(got)?.into_iter().zip(want).enumerate() {
                         assert!(
                             (got - want).abs() <= 1e-6 * (1. + want.abs()),

@@ -104,6 +104,9 @@ pub struct Case {
     pub dy: Vec<f64>,
 }
 
+/// Finds data of a case, if it has them.
+pub type Field = fn(&mut Case) -> Option<&mut Vec<f64>>;
+
 /// The result of a call and the gradients of those of its arguments that were tracked.
 #[derive(Debug)]
 pub struct Outputs {
@@ -296,6 +299,28 @@ impl Case {
             dbias: bias.as_ref().and_then(of),
             y,
         })
+    }
+
+    /// Central differences of `f` along each element of `field`.
+    pub fn finite_differences(
+        &self,
+        field: Field,
+        f: impl Fn(&Self) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<Vec<f64>> {
+        const STEP: f64 = 1e-5;
+        let len = field(&mut self.clone()).map_or(0, |values| values.len());
+        (0..len)
+            .map(|index| {
+                let moved = |step| {
+                    let mut case = self.clone();
+                    if let Some(values) = field(&mut case) {
+                        values[index] += step;
+                    }
+                    f(&case)
+                };
+                Ok((moved(STEP)? - moved(-STEP)?) / (2. * STEP))
+            })
+            .collect()
     }
 
     /// Holds a result and the gradients of `tracked` against the oracle.

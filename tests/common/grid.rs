@@ -196,3 +196,26 @@ pub fn grid(dtypes: Dtypes) -> impl Iterator<Item = &'static GridShape> {
     GRID.iter()
         .filter(move |shape| shape.dtypes.contains(&dtypes))
 }
+
+/// A test for each of `Dtypes::ALL`, which calls `$check` with them.
+// Exported: the test binaries that do not use it would warn of it otherwise.
+#[macro_export]
+macro_rules! grid_tests {
+    ($check:ident) => {
+        $crate::grid_tests! {
+            $check:
+            grid_equals_f64_for_f32 => F32,
+            grid_equals_f64_for_f64 => F64,
+            grid_equals_f64_for_f16 => F16,
+            grid_equals_f64_for_bf16 => BF16,
+            grid_equals_f64_for_f16_with_f32_weight_and_bias => F16_F32,
+            grid_equals_f64_for_bf16_with_f32_weight_and_bias => BF16_F32,
+        }
+    };
+    ($check:ident: $($name:ident => $dtypes:ident,)*) => {$(
+        #[test]
+        fn $name() -> anyhow::Result<()> {
+            $check($crate::common::case::Dtypes::$dtypes)
+        }
+    )*};
+}
