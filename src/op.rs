@@ -6,8 +6,8 @@ use crate::cuda;
 use crate::problem::{Problem, Wanted};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape,
+    Storage, Tensor, bail,
 };
 use std::sync::OnceLock;
 
@@ -22,15 +22,16 @@ pub(crate) struct NormOp {
 }
 
 /// Shape `[rows]` each, in the problem's statistics dtype. RMSNorm has no mean.
-pub(crate) struct Statistics {
-    pub mean: Option<Tensor>,
-    pub rstd: Tensor,
+struct Statistics {
+    mean: Option<Tensor>,
+    rstd: Tensor,
 }
 
-/// What a backend's forward returns; (mean, rstd) if they were to be kept.
+/// What a backend's forward returns. `statistics`: mean and then rstd of all rows, rstd alone for RMSNorm, if they were to be kept: in
+/// one piece, since allocations show where rows are few.
 pub(crate) struct Forward<S> {
     pub ys: S,
-    pub statistics: Option<(Option<S>, S)>,
+    pub statistics: Option<S>,
 }
 
 /// What a backend's backward returns: dx `[rows, cols]`, dweight and dbias `[cols]`, as far as they were wanted.
@@ -40,15 +41,16 @@ pub(crate) struct Gradients<S> {
     pub dbias: Option<S>,
 }
 
-/// What a backend's backward reads. All tensors are contiguous and on one device.
-pub(crate) struct BackwardArgs<'a> {
-    pub x: &'a Tensor,
-    pub weight: Option<&'a Tensor>,
-    pub statistics: &'a Statistics,
-    pub dy: &'a Tensor,
+/// What a backend's backward reads: contiguous tensors, or their storages on one device.
+pub(crate) struct BackwardArgs<T> {
+    pub x: T,
+    pub weight: Option<T>,
+    pub mean: Option<T>,
+    pub rstd: T,
+    pub dy: T,
 }
 
-type Operand<'a, S> = (&'a S, &'a Layout);
+pub(crate) type Operand<'a, S> = (&'a S, &'a Layout);
 
 impl NormOp {
     /// `keep`: whether mean and rstd are kept for a backward pass.
@@ -75,17 +77,17 @@ impl NormOp {
         forward: Forward<S>,
         layout: &Layout,
         wrap: impl Fn(S) -> Storage,
-    ) -> (S, Shape) {
-        if let Some((mean, rstd)) = forward.statistics {
-            let tensor =
-                |s| Tensor::from_storage(wrap(s), self.problem.rows, BackpropOp::none(), false);
+    ) -> Result<(S, Shape)> {
+        if let Some(kept) = forward.statistics {
+            let rows = self.problem.rows;
+            let parts = if self.problem.remove_mean { 2 } else { 1 };
+            let kept = Tensor::from_storage(wrap(kept), parts * rows, BackpropOp::none(), false);
+            let rstd = kept.narrow(0, (parts - 1) * rows, rows)?;
+            let mean = (parts == 2).then(|| kept.narrow(0, 0, rows)).transpose()?;
             // A second forward of the same op value would compute the same statistics.
-            let _ = self.statistics.set(Statistics {
-                mean: mean.map(tensor),
-                rstd: tensor(rstd),
-            });
+            let _ = self.statistics.set(Statistics { mean, rstd });
         }
-        (forward.ys, layout.shape().clone())
+        Ok((forward.ys, layout.shape().clone()))
     }
 
     fn forward_cpu(
@@ -95,7 +97,7 @@ impl NormOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = self.split(params);
         let forward = cpu::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
-        Ok(self.keep(forward, x.1, Storage::Cpu))
+        self.keep(forward, x.1, Storage::Cpu)
     }
 
     #[cfg(feature = "cuda")]
@@ -106,7 +108,7 @@ impl NormOp {
     ) -> Result<(CudaStorage, Shape)> {
         let (weight, bias) = self.split(params);
         let forward = cuda::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
-        Ok(self.keep(forward, x.1, Storage::Cuda))
+        self.keep(forward, x.1, Storage::Cuda)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -136,7 +138,8 @@ impl NormOp {
         let args = BackwardArgs {
             x,
             weight,
-            statistics,
+            mean: statistics.mean.as_ref(),
+            rstd: &statistics.rstd,
             dy: &dy.contiguous()?,
         };
         let wrap = |storage, like: Option<&Tensor>| -> Option<Tensor> {
@@ -147,23 +150,63 @@ impl NormOp {
                 false,
             ))
         };
-        let Gradients { dx, dweight, dbias } = match x.device() {
-            candle_core::Device::Cpu => {
-                cpu::backward(&self.problem, &args, wanted)?.map(Storage::Cpu)
-            }
-            #[cfg(feature = "cuda")]
-            candle_core::Device::Cuda(_) => {
-                cuda::backward(&self.problem, &args, wanted)?.map(Storage::Cuda)
-            }
-            device => bail!(
-                "{op}: backward: expected a device with a kernel, got {:?}",
-                device.location()
-            ),
-        };
+        let Gradients { dx, dweight, dbias } = self.backward_on(x.device(), &args, wanted)?;
         Ok(Gradients {
             dx: dx.and_then(|s| wrap(s, Some(x))),
             dweight: dweight.and_then(|s| wrap(s, weight)),
             dbias: dbias.and_then(|s| wrap(s, bias)),
+        })
+    }
+
+    /// Runs the device's backend on the tensors' storages, locked for reading.
+    fn backward_on(
+        &self,
+        device: &Device,
+        args: &BackwardArgs<&Tensor>,
+        wanted: Wanted,
+    ) -> Result<Gradients<Storage>> {
+        let locked = args.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
+        match device {
+            Device::Cpu => {
+                let args = locked.try_map(|(storage, layout)| match &**storage {
+                    Storage::Cpu(storage) => Ok((storage, *layout)),
+                    _ => self.elsewhere(device),
+                })?;
+                Ok(cpu::backward(&self.problem, &args, wanted)?.map(Storage::Cpu))
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                let args = locked.try_map(|(storage, layout)| match &**storage {
+                    Storage::Cuda(storage) => Ok((storage, *layout)),
+                    _ => self.elsewhere(device),
+                })?;
+                Ok(cuda::backward(&self.problem, &args, wanted)?.map(Storage::Cuda))
+            }
+            device => bail!(
+                "{}: backward: expected a device with a kernel, got {:?}",
+                self.problem.op_name(),
+                device.location()
+            ),
+        }
+    }
+
+    fn elsewhere<T>(&self, device: &Device) -> Result<T> {
+        bail!(
+            "{}: backward: expected all tensors on device {:?} (as xs), got one elsewhere",
+            self.problem.op_name(),
+            device.location()
+        )
+    }
+}
+
+impl<T> BackwardArgs<T> {
+    fn try_map<'a, R>(&'a self, f: impl Fn(&'a T) -> Result<R>) -> Result<BackwardArgs<R>> {
+        Ok(BackwardArgs {
+            x: f(&self.x)?,
+            weight: self.weight.as_ref().map(&f).transpose()?,
+            mean: self.mean.as_ref().map(&f).transpose()?,
+            rstd: f(&self.rstd)?,
+            dy: f(&self.dy)?,
         })
     }
 }

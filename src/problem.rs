@@ -143,3 +143,28 @@ fn op_name(remove_mean: bool) -> &'static str {
         "rms-norm"
     }
 }
+
+/// Runs `$body` with `$t` and `$p` bound to the Rust types of xs and of weight and bias. `$backend` is for the error.
+macro_rules! dispatch {
+    ($backend:literal, $problem:expr, $t:ident, $p:ident => $body:expr) => {{
+        use candle_core::DType::{BF16, F16, F32, F64};
+        match ($problem.dtype, $problem.param_dtype) {
+            (F32, F32) => dispatch!(@ $t = f32, $p = f32, $body),
+            (F64, F64) => dispatch!(@ $t = f64, $p = f64, $body),
+            (F16, F16) => dispatch!(@ $t = half::f16, $p = half::f16, $body),
+            (F16, F32) => dispatch!(@ $t = half::f16, $p = f32, $body),
+            (BF16, BF16) => dispatch!(@ $t = half::bf16, $p = half::bf16, $body),
+            (BF16, F32) => dispatch!(@ $t = half::bf16, $p = f32, $body),
+            (x, p) => candle_core::bail!(
+                "{}: xs: no {} kernel for dtype {} with weight of {}",
+                $problem.op_name(), $backend, x.as_str(), p.as_str()
+            ),
+        }
+    }};
+    (@ $t:ident = $xs:ty, $p:ident = $params:ty, $body:expr) => {{
+        type $t = $xs;
+        type $p = $params;
+        $body
+    }};
+}
+pub(crate) use dispatch;

@@ -7,14 +7,13 @@
 mod element;
 mod row;
 
-use crate::op::{BackwardArgs, Forward, Gradients};
-use crate::problem::{Problem, Wanted};
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use crate::op::{self, BackwardArgs, Forward, Gradients};
+use crate::problem::{Problem, Wanted, dispatch};
+use candle_core::{CpuStorage, Result, bail};
 use element::Element;
-use half::{bf16, f16};
 use rayon::prelude::*;
 use row::{GradientScales, Params, RowStatistics, SEGMENT};
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 /// Below this many elements a call runs on the calling thread: waking the pool costs more.
 const SERIAL_ELEMENTS: usize = 32 * 1024;
@@ -25,30 +24,7 @@ const MAX_PARTIALS: usize = 64;
 /// Rows a partial stands for at least: it is written and read once, like two rows.
 const ROWS_PER_PARTIAL: usize = 16;
 
-type Operand<'a> = (&'a CpuStorage, &'a Layout);
-
-/// Runs `$body` with `$t` and `$p` bound to the Rust types of xs and of weight and bias.
-macro_rules! dispatch {
-    ($problem:expr, $t:ident, $p:ident => $body:expr) => {
-        match ($problem.dtype, $problem.param_dtype) {
-            (DType::F32, DType::F32) => dispatch!(@ $t = f32, $p = f32, $body),
-            (DType::F64, DType::F64) => dispatch!(@ $t = f64, $p = f64, $body),
-            (DType::F16, DType::F16) => dispatch!(@ $t = f16, $p = f16, $body),
-            (DType::F16, DType::F32) => dispatch!(@ $t = f16, $p = f32, $body),
-            (DType::BF16, DType::BF16) => dispatch!(@ $t = bf16, $p = bf16, $body),
-            (DType::BF16, DType::F32) => dispatch!(@ $t = bf16, $p = f32, $body),
-            (x, p) => bail!(
-                "{}: xs: no CPU kernel for dtype {} with weight of {}",
-                $problem.op_name(), x.as_str(), p.as_str()
-            ),
-        }
-    };
-    (@ $t:ident = $tt:ty, $p:ident = $pt:ty, $body:expr) => {{
-        type $t = $tt;
-        type $p = $pt;
-        $body
-    }};
-}
+type Operand<'a> = op::Operand<'a, CpuStorage>;
 
 pub(crate) fn forward(
     problem: &Problem,
@@ -57,7 +33,7 @@ pub(crate) fn forward(
     bias: Option<Operand<'_>>,
     keep: bool,
 ) -> Result<Forward<CpuStorage>> {
-    dispatch!(problem, T, P => {
+    dispatch!("CPU", problem, T, P => {
         let x = slice::<T>(problem, x)?;
         let weight = weight.map(|w| slice::<P>(problem, w)).transpose()?;
         let bias = bias.map(|b| slice::<P>(problem, b)).transpose()?;
@@ -68,29 +44,14 @@ pub(crate) fn forward(
 
 pub(crate) fn backward(
     problem: &Problem,
-    args: &BackwardArgs<'_>,
+    args: &BackwardArgs<Operand<'_>>,
     wanted: Wanted,
 ) -> Result<Gradients<CpuStorage>> {
-    let locked = [args.x, args.dy, &args.statistics.rstd].map(Tensor::storage_and_layout);
-    let [x, dy, rstd] = &locked;
-    let (x, dy, rstd) = (
-        operand(problem, x)?,
-        operand(problem, dy)?,
-        operand(problem, rstd)?,
-    );
-    let weight = args.weight.map(Tensor::storage_and_layout);
-    let weight = weight.as_ref().map(|w| operand(problem, w)).transpose()?;
-    let mean = args
-        .statistics
-        .mean
-        .as_ref()
-        .map(Tensor::storage_and_layout);
-    let mean = mean.as_ref().map(|m| operand(problem, m)).transpose()?;
-    dispatch!(problem, T, P => {
+    dispatch!("CPU", problem, T, P => {
         type A = <T as Element>::Acc;
-        let weight = weight.map(|w| slice::<P>(problem, w)).transpose()?;
-        let mean = mean.map(|m| slice::<A>(problem, m)).transpose()?;
-        let stats: Vec<_> = slice::<A>(problem, rstd)?
+        let weight = args.weight.map(|w| slice::<P>(problem, w)).transpose()?;
+        let mean = args.mean.map(|m| slice::<A>(problem, m)).transpose()?;
+        let stats: Vec<_> = slice::<A>(problem, args.rstd)?
             .iter()
             .enumerate()
             .map(|(row, &rstd)| RowStatistics { mean: mean.map_or(0., |mean| mean[row]), rstd })
@@ -98,26 +59,12 @@ pub(crate) fn backward(
         Ok(backward_typed::<T, P>(Backward {
             problem,
             wanted,
-            x: slice(problem, x)?,
-            dy: slice(problem, dy)?,
+            x: slice(problem, args.x)?,
+            dy: slice(problem, args.dy)?,
             params: &Params::<A>::new::<P>(weight, None),
             stats: &stats,
         }))
     })
-}
-
-/// The storage of a tensor that is locked for reading.
-fn operand<'a>(
-    problem: &Problem,
-    (storage, layout): &'a (impl Deref<Target = Storage>, &'a Layout),
-) -> Result<Operand<'a>> {
-    match &**storage {
-        Storage::Cpu(storage) => Ok((storage, layout)),
-        _ => bail!(
-            "{}: backward: expected all tensors on the CPU, got one elsewhere",
-            problem.op_name()
-        ),
-    }
 }
 
 /// The elements of a dense operand.
@@ -171,12 +118,8 @@ fn forward_typed<T: Element>(
             .for_each(|(x, y, stats)| forward_rows(problem, x, params, y, stats));
     }
     let statistics = keep.then(|| {
-        let rstd = stats.iter().map(|s| s.rstd).collect();
-        let mean = || stats.iter().map(|s| s.mean).collect();
-        (
-            problem.remove_mean.then(|| T::Acc::to_storage(mean())),
-            T::Acc::to_storage(rstd),
-        )
+        let means = stats.iter().map(|s| s.mean).filter(|_| problem.remove_mean);
+        T::Acc::to_storage(means.chain(stats.iter().map(|s| s.rstd)).collect())
     });
     Forward {
         ys: T::to_storage(y),
