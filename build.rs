@@ -25,8 +25,20 @@ const DTYPES: [(Dtype, Dtype); 6] = [
     (BF16, BF16),
     (BF16, F32),
 ];
-const FILES: [&str; 4] = ["forward", "backward", "split", "finalize"];
-const HEADERS: [&str; 2] = ["common.cuh", "row.cuh"];
+const FILES: [&str; 11] = [
+    "forward",
+    "forward_single",
+    "forward_ring",
+    "forward_shifted",
+    "backward",
+    "backward_single",
+    "backward_ring",
+    "backward_shifted",
+    "split",
+    "split_single",
+    "finalize",
+];
+const HEADERS: [&str; 3] = ["common.cuh", "row.cuh", "ring.cuh"];
 
 struct Unit {
     file: &'static str,
@@ -190,6 +202,7 @@ fn compile_unit(nvcc: &Path, kernels: &Path, out: &Path, unit: &Unit) -> Result<
         .arg(format!("-DLN_X={}", unit.x.1))
         .arg(format!("-DLN_X_BYTES={}", unit.x.2))
         .arg(format!("-DLN_PARAM={}", unit.param.1))
+        .arg(format!("-DLN_PARAM_BYTES={}", unit.param.2))
         .arg("-o")
         .arg(out.join(format!("{}.ptx", unit.name())))
         .arg(&source)

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cstddef>
 #include <cstdint>
 
 using X = LN_X;
@@ -36,69 +37,146 @@ __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-template <typename T> struct Half2;
-template <> struct Half2<__half> { using type = __half2; };
-template <> struct Half2<__nv_bfloat16> { using type = __nv_bfloat162; };
-__device__ __forceinline__ __half2 narrow2(float a, float b, __half2*) { return __floats2half2_rn(a, b); }
-__device__ __forceinline__ __nv_bfloat162 narrow2(float a, float b, __nv_bfloat162*) { return __floats2bfloat162_rn(a, b); }
+// Two elements of half precision in a word.
+template <typename T> struct Two;
+template <> struct Two<__half> {
+  __device__ __forceinline__ static float low(uint32_t w) { return __low2float(reinterpret_cast<const __half2&>(w)); }
+  __device__ __forceinline__ static float high(uint32_t w) { return __high2float(reinterpret_cast<const __half2&>(w)); }
+  __device__ __forceinline__ static uint32_t of(float a, float b) {
+    const __half2 h = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(h);
+  }
+};
+template <> struct Two<__nv_bfloat16> {
+  __device__ __forceinline__ static float low(uint32_t w) { return __uint_as_float(w << 16); }
+  __device__ __forceinline__ static float high(uint32_t w) { return __uint_as_float(w & 0xffff0000u); }
+  __device__ __forceinline__ static uint32_t of(float a, float b) {
+    const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(h);
+  }
+};
 
 __device__ __forceinline__ float rsqrt_acc(float v) { return __frsqrt_rn(v); }
 __device__ __forceinline__ double rsqrt_acc(double v) { return rsqrt(v); }
+// 1 / n for a count n > 0.
+__device__ __forceinline__ Acc inverse(int n) {
+  if constexpr (sizeof(Acc) == 4) return __frcp_rn(float(n));
+  else return Acc(1) / n;
+}
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
-// kVec elements as they lie in memory. A vector of 32 bytes (f32 weight beside 8 half elements) is two of 16.
-template <typename T, int kVec> struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
+// kVec elements as they lie in memory, on 16 bytes or their size. Half precision stays in words: arrays of 2-byte elements are
+// taken apart and put together again at every move.
+template <typename T, int kVec, bool kWords = sizeof(T) == 2 && kVec % 2 == 0> struct Vec;
+template <typename T, int kVec> struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec<T, kVec, false> {
   T v[kVec];
   __device__ __forceinline__ Acc operator[](int i) const { return widen(v[i]); }
+  __device__ __forceinline__ static Vec of(const Acc (&f)[kVec]) {
+    Vec r;
+#pragma unroll
+    for (int i = 0; i < kVec; i++) r.v[i] = T(f[i]);
+    return r;
+  }
+  // As they are, and not to be widened before they are used.
+  __device__ __forceinline__ void keep() {}
+};
+template <typename T, int kVec> struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec<T, kVec, true> {
+  uint32_t w[kVec / 2];
+  __device__ __forceinline__ Acc operator[](int i) const { return i % 2 ? Two<T>::high(w[i / 2]) : Two<T>::low(w[i / 2]); }
+  __device__ __forceinline__ static Vec of(const Acc (&f)[kVec]) {
+    Vec r;
+#pragma unroll
+    for (int i = 0; i < kVec / 2; i++) r.w[i] = Two<T>::of(f[2 * i], f[2 * i + 1]);
+    return r;
+  }
+  // The compiler would widen, once, what stays in registers from row to row, into twice as many, and spill.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int i = 0; i < kVec / 2; i++) asm volatile("" : "+r"(w[i]));
+  }
 };
 
-template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec(const T* p) {
-  Vec<T, kVec> r;
-  if constexpr (sizeof(r) >= 16) {
-    static_assert(sizeof(r) % 16 == 0, "whole 16-byte parts");
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> filled(Acc value) {
+  Acc f[kVec];
 #pragma unroll
-    for (int i = 0; i < int(sizeof(r) / 16); i++) reinterpret_cast<uint4*>(&r)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
-  } else {
+  for (int i = 0; i < kVec; i++) f[i] = value;
+  return Vec<T, kVec>::of(f);
+}
+
+// The vector at p, or of zeros.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec(const T* p, bool valid = true) {
+  Vec<T, kVec> r = filled<T, kVec>(0);
+  if (valid) {
+    if constexpr (sizeof(r) >= 16) {
+      static_assert(sizeof(r) % 16 == 0, "whole 16-byte parts");
 #pragma unroll
-    for (int i = 0; i < kVec; i++) r.v[i] = __ldg(p + i);
+      for (int i = 0; i < int(sizeof(r) / 16); i++) reinterpret_cast<uint4*>(&r)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    } else {
+      static_assert(kVec == 1, "16 bytes or an element");
+      r.v[0] = __ldg(p);
+    }
   }
   return r;
 }
 
 // The vector at column c of a weight or bias that may be absent.
-template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent) {
-  if (p) return load_vec<Param, kVec>(p + c);
-  Vec<Param, kVec> r;
-#pragma unroll
-  for (int i = 0; i < kVec; i++) r.v[i] = Param(absent);
-  return r;
+template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent, bool valid = true) {
+  return p ? load_vec<Param, kVec>(p + c, valid) : filled<Param, kVec>(absent);
 }
 
-template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> narrow_vec(const Acc (&f)[kVec]) {
-  Vec<T, kVec> r;
-  if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
-    using T2 = typename Half2<T>::type;
-#pragma unroll
-    for (int i = 0; i < kVec; i += 2) *reinterpret_cast<T2*>(&r.v[i]) = narrow2(f[i], f[i + 1], static_cast<T2*>(nullptr));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; i++) r.v[i] = T(f[i]);
+// How long L2 keeps what is copied or stored.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t p;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t p;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+
+// Stores y or dx. A predicated store keeps vectors that may not be valid in one basic block, where their latencies overlap.
+template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid = true) {
+  const Vec<T, kVec> r = Vec<T, kVec>::of(f);
+  if constexpr (sizeof(r) == 16) {
+    const uint4& u = reinterpret_cast<const uint4&>(r);
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(p), "r"(u.x), "r"(u.y),
+                 "r"(u.z), "r"(u.w), "r"(uint32_t(valid)));
+  } else if (valid) {
+    *reinterpret_cast<Vec<T, kVec>*>(p) = r;
   }
-  return r;
 }
 
-// y, dx: not read again by this kernel.
-template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec]) {
-  const Vec<T, kVec> r = narrow_vec<T, kVec>(f);
-  *reinterpret_cast<Vec<T, kVec>*>(p) = r;
+template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid, uint64_t policy) {
+  const Vec<T, kVec> r = Vec<T, kVec>::of(f);
+  static_assert(sizeof(r) == 16, "16 bytes");
+  const uint4& u = reinterpret_cast<const uint4&>(r);
+  if (valid)
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(u.x), "r"(u.y), "r"(u.z), "r"(u.w), "l"(policy));
+}
+
+// Sums over rows, 16 bytes at a time where vectors are.
+template <int kVec> __device__ __forceinline__ void store_acc(Acc* p, const Acc (&f)[kVec]) {
+  constexpr int kPart = kVec == 1 ? 1 : 16 / sizeof(Acc);
+  static_assert(kVec % kPart == 0, "whole parts");
+#pragma unroll
+  for (int i = 0; i < kVec; i += kPart) {
+    Vec<Acc, kPart> v;
+#pragma unroll
+    for (int j = 0; j < kPart; j++) v.v[j] = f[i + j];
+    *reinterpret_cast<Vec<Acc, kPart>*>(p + i) = v;
+  }
 }
 
 // ---- reductions -----------------------------------------------------------------------------------------------------
 
 // Sum over aligned groups of `lanes` lanes (a power of 2); all 32 lanes must call it. No shared memory.
 __device__ __forceinline__ Acc warp_sum(Acc v, int lanes = kWarp) {
-  for (int o = lanes / 2; o; o >>= 1) v += __shfl_xor_sync(kFull, v, o);
+#pragma unroll
+  for (int o = kWarp / 2; o; o >>= 1)
+    if (o < lanes) v += __shfl_xor_sync(kFull, v, o);
   return v;
 }
 
@@ -153,52 +231,128 @@ struct Moments {
   Acc mean, m2;
 };
 
-// From the sums of (x - center) and (x - center)^2. What is left of the mean after `center` corrects both, so that
+// Of all pieces that the warp's lanes hold, kPer each: (mean - center, m2) of `counts` values. Differences from a center that is one of
+// the means are exact or nearly so where mean >> std, and rounding to the mean happens once. All lanes get the same bits.
+template <int kPer>
+__device__ __forceinline__ Moments merge_moments(Acc center, const Pair (&piece)[kPer], const Acc (&counts)[kPer], Acc inv_count) {
+  Acc rest = 0, m2 = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) rest += counts[i] > 0 ? piece[i].a * counts[i] : Acc(0);
+  rest = warp_sum(rest) * inv_count;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) {
+    const Acc d = piece[i].a - rest;
+    m2 += counts[i] > 0 ? piece[i].b + d * d * counts[i] : Acc(0);
+  }
+  return {center + rest, warp_sum(m2)};
+}
+// Of pieces (mean, m2).
+template <int kPer> __device__ __forceinline__ Moments merge_moments(const Pair (&piece)[kPer], const Acc (&counts)[kPer], Acc inv_count) {
+  const Acc center = __shfl_sync(kFull, piece[0].a, 0);
+  Pair about[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; i++) about[i] = {piece[i].a - center, piece[i].b};
+  return merge_moments(center, about, counts, inv_count);
+}
+
+// From the sums of (x - center) and (x - center)^2: (mean - center, m2). What is left of the mean after `center` corrects both, so that
 // mean >> std costs no accuracy although `center` was summed in the accumulation type.
-__device__ __forceinline__ Moments moments_about(Acc center, Pair sums, Acc inv_count, bool remove_mean) {
+__device__ __forceinline__ Pair about_center(Pair sums, Acc inv_count, bool remove_mean) {
   if (!remove_mean) return {0, sums.b};
-  const Acc rest = sums.a * inv_count;
-  const Acc m2 = sums.b - sums.a * rest;
+  const Acc rest = sums.a * inv_count, m2 = sums.b - sums.a * rest;
   // A NaN must reach the output: not fmax.
-  return {center + rest, m2 < 0 ? Acc(0) : m2};
+  return {rest, m2 < 0 ? Acc(0) : m2};
 }
 
 // ---- asynchronous copies and mbarriers ------------------------------------------------------------------------------
 
+// Shared memory by address: an address in a register is worked out once, a variable's again at each use.
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+template <typename T> __device__ __forceinline__ T load_shared(uint32_t a) {
+  T r;
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(reinterpret_cast<uint16_t&>(r)) : "r"(a) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(r)) : "r"(a) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    uint2& u = reinterpret_cast<uint2&>(r);
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(u.x), "=r"(u.y) : "r"(a) : "memory");
+  } else {
+    static_assert(sizeof(T) % 16 == 0, "parts of 16");
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 16); i++) {
+      uint4& u = reinterpret_cast<uint4*>(&r)[i];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w) : "r"(a + 16 * i) : "memory");
+    }
+  }
+  return r;
+}
+template <typename T> __device__ __forceinline__ void store_shared(uint32_t a, const T& v, bool by_this_lane) {
+  if constexpr (sizeof(T) == 2) {
+    if (by_this_lane) asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(reinterpret_cast<const uint16_t&>(v)) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 4); i++)
+      asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b32 [%0], %1; }" ::"r"(a + 4 * i),
+                   "r"(reinterpret_cast<const uint32_t*>(&v)[i]), "r"(uint32_t(by_this_lane))
+                   : "memory");
+  }
+}
+
+// Copies kBytes.
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");
+  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
 // Copies kBytes, or writes zeros and reads nothing.
 template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");
   const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
 }
+// Copies `bytes` of 16, and writes zeros for the rest.
+__device__ __forceinline__ void copy_async_part(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ void barrier_init(uint64_t* b, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+__device__ __forceinline__ void barrier_init(uint32_t b, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(b), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint64_t* b) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(b)) : "memory");
+// Makes initialised barriers visible to the cluster, and to asynchronous copies.
+__device__ __forceinline__ void barrier_init_fence() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
-__device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
+__device__ __forceinline__ void barrier_arrive(uint32_t b, bool by_this_lane) {
+  asm volatile("{ .reg .pred p; .reg .b64 t; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(b),
+               "r"(uint32_t(by_this_lane))
+               : "memory");
+}
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define WAIT_OP "mbarrier.try_wait.parity"
+#else
+#define WAIT_OP "mbarrier.test_wait.parity"
+#endif
+__device__ __forceinline__ void barrier_wait(uint32_t b, uint32_t parity) {
   uint32_t done;
   do {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
-#else
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
-#endif
+    asm volatile("{ .reg .pred p; " WAIT_OP ".shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(b), "r"(parity) : "memory");
   } while (!done);
 }
+#undef WAIT_OP
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -216,14 +370,21 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // The address of block `rank`'s copy of a shared variable.
-__device__ __forceinline__ uint32_t address_in(uint32_t rank, const void* p) {
+__device__ __forceinline__ uint32_t address_in(uint32_t rank, uint32_t p) {
   uint32_t r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(p), "r"(rank));
   return r;
 }
-__device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(shared_address(b)), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void barrier_expect(uint32_t b, uint32_t bytes) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(b), "r"(bytes) : "memory");
+}
+// For a barrier that other blocks of the cluster complete. Its wider scope discards the L1 cache: not where barrier_wait will do.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t b, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(b), "r"(parity) : "memory");
+  } while (!done);
 }
 // Writes a value into another block's shared memory and counts its bytes on that block's barrier.
 __device__ __forceinline__ void send(uint32_t to, Acc v, uint32_t barrier) {

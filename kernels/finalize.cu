@@ -1,32 +1,55 @@
-// The second launch of a backward pass: adds the partial dweight and dbias that its owners of rows left.
+// The last launch of a backward pass: adds up the partial dweight and dbias that its owners of rows left.
 //
 // Computes      dweight[c] = sum over parts of dweight_part[part][c], dbias likewise.
-// Algorithm     A block owns 32 columns; 16 threads a column add every 16th part, then their sums are added in order.
-// Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the first launch left them.
-// Launch        block (32, 16), grid (cols / 32 rounded up, 2). Either output may be null.
+// Algorithm     A lane owns kVec columns; S warps add every S-th part, then their sums are added in order.
+// Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the owners left them.
+// Launch        block (32, S), S <= kMaxSplits, grid (cols / (32 * kVec) rounded up, 2). wide: cols a multiple of kVec = 16 / sizeof(Acc); parts on
+//               16 bytes. Either output may be null. On sm_90 it may be launched before the parts are there (programmatic
+//               dependent launch), and waits.
 // Determinism   No atomics; one order.
 #include "common.cuh"
 
-constexpr int kColumns = 32, kSplits = 16;
+constexpr int kMaxSplits = 16;
 
-extern "C" __global__ void __launch_bounds__(kColumns* kSplits, 1)
-    finalize(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,
-             const Acc* __restrict__ dweight_part /* [parts, cols] */, const Acc* __restrict__ dbias_part /* [parts, cols] */,
-             int parts, int cols) {
-  __shared__ Acc sums[kSplits][kColumns];
+template <int kVec>
+__device__ __forceinline__ void finalize(Param* dweight, Param* dbias, const Acc* dweight_part, const Acc* dbias_part, int parts,
+                                         int cols) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  __shared__ Vec<Acc, kVec> sums[kMaxSplits][kWarp];
+  const int splits = blockDim.y;
   Param* const out = blockIdx.y ? dbias : dweight;
   const Acc* const part = blockIdx.y ? dbias_part : dweight_part;
   if (!out) return;
-  const int c = blockIdx.x * kColumns + threadIdx.x;
-  Acc sum = 0;
+  const int c = (blockIdx.x * kWarp + threadIdx.x) * kVec;
+  Acc sum[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; i++) sum[i] = 0;
+  const auto add = [&](const Vec<Acc, kVec>& v) {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) sum[i] += v[i];
+  };
   if (c < cols) {
 #pragma unroll 8
-    for (int p = threadIdx.y; p < parts; p += kSplits) sum += part[int64_t(p) * cols + c];
+    for (int p = threadIdx.y; p < parts; p += splits) add(load_vec<Acc, kVec>(part + int64_t(p) * cols + c));
   }
-  sums[threadIdx.y][threadIdx.x] = sum;
+  sums[threadIdx.y][threadIdx.x] = Vec<Acc, kVec>::of(sum);
   __syncthreads();
   if (threadIdx.y == 0 && c < cols) {
-    for (int s = 1; s < kSplits; s++) sum += sums[s][threadIdx.x];
-    out[c] = Param(sum);
+    for (int s = 1; s < splits; s++) add(sums[s][threadIdx.x]);
+#pragma unroll
+    for (int i = 0; i < kVec; i++) out[c + i] = Param(sum[i]);
   }
 }
+
+#define FINALIZE(name, vec)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(kWarp* kMaxSplits, 1)                                                      \
+      finalize_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,                \
+                      const Acc* __restrict__ dweight_part /* [parts, cols] */,                                        \
+                      const Acc* __restrict__ dbias_part /* [parts, cols] */, int parts, int cols) {                   \
+    finalize<vec>(dweight, dbias, dweight_part, dbias_part, parts, cols);                                              \
+  }
+
+FINALIZE(wide, 16 / sizeof(Acc))
+FINALIZE(single, 1)

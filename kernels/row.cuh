@@ -2,7 +2,14 @@
 #pragma once
 #include "common.cuh"
 
-// kPer vectors of a row, a thread's own; those past the row are neither loaded nor read.
+// Gives xhat of a row; 0 exactly where x is the mean, as x * rstd - mean * rstd would not be.
+struct alignas(sizeof(Acc) * 2) Normalizer {
+  Acc mean, rstd;
+  __device__ __forceinline__ Acc xhat(Acc x) const { return (x - mean) * rstd; }
+};
+
+// kPer vectors of a row, a thread's own; those past the row are zero, and no sum counts them. No branches: they would keep loads and
+// arithmetic of different vectors apart.
 template <int kVec, int kPer> struct Slice {
   Vec<X, kVec> v[kPer];
 
@@ -11,118 +18,109 @@ template <int kVec, int kPer> struct Slice {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
-      if (c < cols) v[k] = load_vec<X, kVec>(row + c);
+      v[k] = load_vec<X, kVec>(row + c, c < cols);
     }
   }
-
+  __device__ __forceinline__ Acc sum() const {
+    Acc s = 0;
+#pragma unroll
+    for (int k = 0; k < kPer; k++)
+#pragma unroll
+      for (int i = 0; i < kVec; i++) s += v[k][i];
+    return s;
+  }
   // The sums of (x - center) and (x - center)^2.
   __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
     Pair s = {0, 0};
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
-      if ((k * threads + t) * kVec < cols) {
+      const Acc from = (k * threads + t) * kVec < cols ? center : Acc(0);
 #pragma unroll
-        for (int i = 0; i < kVec; i++) {
-          const Acc d = v[k][i] - center;
-          s.a += d;
-          s.b += d * d;
-        }
+      for (int i = 0; i < kVec; i++) {
+        const Acc d = v[k][i] - from;
+        s.a += d;
+        s.b += d * d;
       }
     }
     return s;
   }
 
-  __device__ __forceinline__ void normalize(X* y, const Param* weight, const Param* bias, Acc mean, Acc rstd, int t,
-                                            int threads, int cols) const {
+  __device__ __forceinline__ void normalize(X* y, const Param* weight, const Param* bias, Normalizer n, int t, int threads,
+                                            int cols) const {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
-      if (c < cols) {
-        const Vec<Param, kVec> w = load_param<kVec>(weight, c, 1), b = load_param<kVec>(bias, c, 0);
-        Acc f[kVec];
+      const bool valid = c < cols;
+      const Vec<Param, kVec> w = load_param<kVec>(weight, c, 1, valid), b = load_param<kVec>(bias, c, 0, valid);
+      Acc f[kVec];
 #pragma unroll
-        for (int i = 0; i < kVec; i++) f[i] = (v[k][i] - mean) * rstd * w[i] + b[i];
-        store<X, kVec>(y + c, f);
-      }
+      for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[k][i]) * w[i] + b[i];
+      store<X, kVec>(y + c, f, valid);
     }
   }
 };
 
-// Moments of the block's slice of a row, `cols` columns long.
-template <int kVec, int kPer>
-__device__ __forceinline__ Moments block_moments(const Slice<kVec, kPer>& slice, int cols, Acc inv_cols, int remove_mean,
-                                                 Pair (&part)[2][kWarp]) {
-  const int t = threadIdx.x, threads = blockDim.x;
-  Acc center = 0;
-  if (remove_mean) center = block_sum(slice.sums(0, t, threads, cols).a, part[0]) * inv_cols;
-  return moments_about(center, block_sum(slice.sums(center, t, threads, cols), part[1]), inv_cols, remove_mean);
-}
-
-// A thread's own vectors of kTensors tensors for several rows, in shared memory: slot, vector, tensor; a vector of all threads
-// side by side, so that a warp's accesses are contiguous.
-template <int kVec, int kPer, int kTensors> struct Slots {
-  static constexpr int kBytes = kVec * sizeof(X);
-  unsigned char* own;
-  uint32_t stride;
-
-  __device__ __forceinline__ Slots(unsigned char* ring)
-      : own(ring + threadIdx.x * kBytes), stride(blockDim.x * kBytes) {}
-
-  __device__ __forceinline__ unsigned char* at(int slot, int k, int tensor) const {
-    return own + ((slot * kPer + k) * kTensors + tensor) * stride;
+// dx of a row: (g - a - xhat * b) * rstd with g = dy * weight and the row's means a of g and b of g * xhat.
+struct alignas(sizeof(Acc) * 4) Scales {
+  Acc slope, offset, rstd, mean;
+  // `sums` over the row: of g and of g * xhat.
+  __device__ __forceinline__ static Scales of(Pair sums, Normalizer row, Acc inv_cols, bool remove_mean) {
+    const Acc b = sums.b * inv_cols, a = remove_mean ? sums.a * inv_cols : Acc(0);
+    return {-row.rstd * b, -a, row.rstd, row.mean};
   }
-  // Starts the copy of one vector, or of zeros. A 2-byte element is more than cp.async can split: it is copied at once.
-  __device__ __forceinline__ void fill(int slot, int k, int tensor, const X* from, bool valid) const {
-    if constexpr (kBytes >= 4) copy_async<kBytes>(shared_address(at(slot, k, tensor)), from, valid);
-    else *reinterpret_cast<Vec<X, kVec>*>(at(slot, k, tensor)) = valid ? load_vec<X, kVec>(from) : Vec<X, kVec>{X(0.f)};
-  }
-  __device__ __forceinline__ Vec<X, kVec> read(int slot, int k, int tensor) const {
-    return *reinterpret_cast<const Vec<X, kVec>*>(at(slot, k, tensor));
-  }
+  __device__ __forceinline__ Acc dx(Acc x, Acc dy, Acc weight) const { return (dy * weight + offset + (x - mean) * slope) * rstd; }
 };
-
-// The coefficients of a row: xhat = (x - mean) * rstd, dx = (dy * weight + offset + (x - mean) * slope) * rstd.
-struct RowStatistics {
-  Acc mean, rstd;
-};
-struct Scales {
-  Acc mean, slope, offset, rstd;
-};
-// `sums` over the row: of dy * weight and of dy * weight * xhat.
-__device__ __forceinline__ Scales scales_of(Pair sums, RowStatistics row, Acc inv_cols, bool remove_mean) {
-  const Acc b = sums.b * inv_cols, a = remove_mean ? sums.a * inv_cols : Acc(0);
-  return {row.mean, -row.rstd * b, -a, row.rstd};
-}
 
 // What a thread keeps of its columns over all its rows. Columns past the last are zero in x, dy and weight.
 template <int kVec, int kPer> struct Columns {
   Vec<Param, kVec> weight[kPer];
   Acc dweight[kPer][kVec], dbias[kPer][kVec];
 
-  __device__ __forceinline__ void start(int k, const Param* w, int c, bool valid) {
-    if (valid) weight[k] = load_param<kVec>(w, c, 1);
-    else
-#pragma unroll
-      for (int i = 0; i < kVec; i++) weight[k].v[i] = Param(0.f);
+  __device__ __forceinline__ void start(int k, const Vec<Param, kVec>& w) {
+    weight[k] = w;
 #pragma unroll
     for (int i = 0; i < kVec; i++) dweight[k][i] = dbias[k][i] = 0;
   }
   // Adds vector k of a row to the sums over rows, and its part of the row's own sums to `sums`.
-  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, RowStatistics row, Pair& sums) {
+  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Pair& sums) {
+    weight[k].keep();
+    // Two short chains of additions for one long one, where registers allow.
+    constexpr bool kSplit = sizeof(X) == 2;
+    Pair s = kSplit ? Pair{0, 0} : sums;
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
-      const Acc xhat = (x[i] - row.mean) * row.rstd, d = dy[i], g = d * weight[k][i];
-      sums.a += g;
-      sums.b += g * xhat;
+      const Acc xhat = row.xhat(x[i]), d = dy[i], g = d * weight[k][i];
+      s.a += g;
+      s.b += g * xhat;
       dbias[k][i] += d;
       dweight[k][i] += d * xhat;
     }
+    sums = kSplit ? sums + s : s;
   }
-  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, Scales s,
-                                           bool valid = true) const {
-    Acc f[kVec];
+  __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc (&f)[kVec]) {
+    weight[k].keep();
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = (dy[i] * weight[k][i] + s.offset + (x[i] - s.mean) * s.slope) * s.rstd;
-    if (valid) store<X, kVec>(dx, f);
+    for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight[k][i]);
+  }
+  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, bool valid) {
+    Acc f[kVec];
+    gradient(k, x, dy, s, f);
+    store<X, kVec>(dx, f, valid);
   }
 };
+
+// Adds up the dweight or dbias that `owners` of a block left in shared memory, in order.
+template <int kVec> __device__ __forceinline__ void add_owners(Acc* out, const Acc* sums, int owners, int cols, int t, int threads) {
+  constexpr int kStep = kVec == 1 ? 1 : 16 / sizeof(Acc);
+  for (int c = t * kStep; c < cols; c += threads * kStep) {
+    Acc f[kStep];
+#pragma unroll
+    for (int i = 0; i < kStep; i++) f[i] = 0;
+    for (int o = 0; o < owners; o++) {
+      const Vec<Acc, kStep> v = *reinterpret_cast<const Vec<Acc, kStep>*>(sums + o * cols + c);
+#pragma unroll
+      for (int i = 0; i < kStep; i++) f[i] += v[i];
+    }
+    *reinterpret_cast<Vec<Acc, kStep>*>(out + c) = Vec<Acc, kStep>::of(f);
+  }
+}

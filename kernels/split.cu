@@ -1,210 +1,272 @@
-// Rows too long for a block or a cluster: the row is split into tiles of columns, in two launches each way.
+// Rows that no group of resident blocks holds: two launches each way, and x is read twice.
 //
 // Computes      as forward.cu and backward.cu.
-// Algorithm     Forward: `split_moments` takes (mean, m2) of every tile of every row, two-pass in registers;
-//               `split_normalize` loads a tile, merges its row's moments (Chan), writes y.
-//               Backward: `split_sums` takes the two row sums of every tile; in `split_gradients` a block owns a tile's
-//               columns over its share of the rows, merges those rows' sums first, and writes dx; weight and the sums for
-//               dweight and dbias stay in registers, one part a share.
-//               Tiles are the slow index of the grid and the second launch walks them backward: the blocks of one tile share
-//               weight and bias in L2, and what the first launch read last is found there.
+// Algorithm     A thread owns columns, kPer vectors apart by the grid's width, in kRows rows at once: weight and bias are loaded once
+//               for them, and dweight and dbias of these rows are finished where they are summed.
+//               Forward: `split_moments` keeps (mean, m2) of each row in registers and merges them over the block (Chan);
+//               `split_normalize` merges the blocks' and writes y.
+//               Backward: `split_sums` keeps both sums of each row; `split_gradients` adds up the blocks' and writes dx.
+//               The second launch walks backward: what the first read last is still in L2.
 // Bytes moved   Forward 3 * rows * cols * sizeof(X), backward 5 *, less what L2 holds.
-// Launch        block B (a multiple of 32, <= kMaxThreads*), tile_cols = B * kPer * kVec, tiles = cols / tile_cols rounded
-//               up. split_moments, split_normalize, split_sums: grid tiles * rows. split_gradients: grid (tiles, shares),
-//               rows <= shares * kMaxShare. kVec > 1: all pointers on 16 bytes, cols a multiple of kVec. mean, rstd, weight, bias,
-//               dx, dweight_part, dbias_part may be null.
+// Launch        grid (blocks, rows / kRows rounded up), block kThreads. Both launches of a pass have the same grid. Parts:
+//               moments and sums [rows, blocks], dweight and dbias [row groups, cols]. kVec > 1: all pointers on 16 bytes, cols a
+//               multiple of kVec. mean, rstd, weight, bias, dx, dweight_part, dbias_part may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 #include "row.cuh"
 
-constexpr int kMaxThreads = 384;
-constexpr int kMaxThreadsSingle = 256;
-// Rows a block of split_gradients serves: their scales are in shared memory.
-constexpr int kMaxShare = 1024;
-constexpr int kForward = sizeof(X) == 4 ? 8 : 4;
-constexpr int kBackward = sizeof(X) == 2 ? 2 : 4;
-constexpr int kSingle = sizeof(X) == 8 ? 8 : 16;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kRows = 16;
+// Rows whose vectors are in flight at once.
+constexpr int kBatch = 4;
 
-struct Tile {
+// This block's rows, and its threads' columns.
+struct Piece {
   int64_t row;
-  int index, begin, cols;
+  int rows;
+  int first, step, vectors;
 };
-
-template <int kVec, int kPer> __device__ __forceinline__ Tile tile_at(int64_t block, int64_t rows, int cols) {
-  const int width = blockDim.x * kPer * kVec, index = int(block / rows), begin = index * width;
-  return {block % rows, index, begin, min(width, cols - begin)};
+template <int kVec> __device__ __forceinline__ Piece piece_of(int64_t rows, int cols) {
+  const int64_t row = int64_t(blockIdx.y) * kRows;
+  return {row, int(min(int64_t(kRows), rows - row)), int(blockIdx.x * kThreads + threadIdx.x), int(gridDim.x * kThreads), cols / kVec};
+}
+// The last of a thread's vectors, or less than 0.
+__device__ __forceinline__ int last_of(const Piece& p) {
+  return p.first < p.vectors ? p.first + (p.vectors - 1 - p.first) / p.step * p.step : -1;
 }
 
-template <int kVec, int kPer>
-__device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t rows, int cols, int tiles, int remove_mean) {
-  __shared__ Pair scratch[2][kWarp];
-  const Tile tile = tile_at<kVec, kPer>(blockIdx.x, rows, cols);
-  Slice<kVec, kPer> slice;
-  slice.load(x + tile.row * cols + tile.begin, threadIdx.x, blockDim.x, tile.cols);
-  const Moments m = block_moments(slice, tile.cols, Acc(1) / tile.cols, remove_mean, scratch);
-  if (threadIdx.x == 0) part[tile.row * tiles + tile.index] = {m.mean, m.m2};
-}
-
-template <int kVec, int kPer>
-__device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, const Pair* part, const X* x, const Param* weight,
-                                                const Param* bias, int64_t rows, int cols, int tiles, Acc eps) {
-  __shared__ Pair scratch[2][kWarp];
-  const Tile tile = tile_at<kVec, kPer>(gridDim.x - 1 - int64_t(blockIdx.x), rows, cols);
-  const int64_t at = tile.row * cols + tile.begin;
-  Slice<kVec, kPer> slice;
-  slice.load(x + at, threadIdx.x, blockDim.x, tile.cols);
-
-  part += tile.row * tiles;
-  const auto columns_of = [&](int i) { return Acc(min(blockDim.x * kPer * kVec, cols - i * blockDim.x * kPer * kVec)); };
-  // About the first tile's mean, so that mean >> std loses nothing.
-  const Acc center = part[0].a;
-  Pair sums = {0, 0};
-  for (int i = threadIdx.x; i < tiles; i += blockDim.x) sums.a += (part[i].a - center) * columns_of(i);
-  const Acc row_mean = center + block_sum(sums, scratch[0]).a / cols;
-  sums = {0, 0};
-  for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
-    const Acc d = part[i].a - row_mean;
-    sums.b += part[i].b + d * d * columns_of(i);
-  }
-  const Acc r = rsqrt_acc(block_sum(sums, scratch[1]).b / cols + eps);
-  slice.normalize(y + at, weight ? weight + tile.begin : nullptr, bias ? bias + tile.begin : nullptr, row_mean, r, threadIdx.x,
-                  blockDim.x, tile.cols);
-  if (tile.index == 0 && threadIdx.x == 0) {
-    if (mean) mean[tile.row] = row_mean;
-    if (rstd) rstd[tile.row] = r;
-  }
-}
-
-template <int kVec, int kPer>
-__device__ __forceinline__ void split_sums(Pair* part, const X* x, const X* dy, const Param* weight, const Acc* mean,
-                                           const Acc* rstd, int64_t rows, int cols, int tiles) {
-  __shared__ Pair scratch[kWarp];
-  const Tile tile = tile_at<kVec, kPer>(blockIdx.x, rows, cols);
-  const int64_t at = tile.row * cols + tile.begin;
-  Vec<X, kVec> xs[kPer], dys[kPer];
+template <int kVec>
+__device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t rows, int cols, int remove_mean) {
+  __shared__ Pair warps[kRows][kWarps];
+  __shared__ Acc counts[kWarps];
+  const Piece p = piece_of<kVec>(rows, cols);
+  x += p.row * cols;
+  Moments row[kRows];
 #pragma unroll
-  for (int k = 0; k < kPer; k++) {
-    const int c = (k * blockDim.x + threadIdx.x) * kVec;
-    if (c < tile.cols) {
-      xs[k] = load_vec<X, kVec>(x + at + c);
-      dys[k] = load_vec<X, kVec>(dy + at + c);
-    }
-  }
-  const Acc m = mean ? mean[tile.row] : Acc(0), r = rstd[tile.row];
-  Pair sums = {0, 0};
+  for (int r = 0; r < kRows; r++) row[r] = {0, 0};
+  int taken = 0;
+#pragma unroll 1
+  for (int v = p.first; v < p.vectors; v += p.step) {
+    taken++;
+    // A vector's own moments, merged into the thread's: 1 / n and n1 * n2 / n of Chan's formula.
+    const Acc share = Acc(1) / taken, between = Acc(kVec) * (taken - 1) * share;
 #pragma unroll
-  for (int k = 0; k < kPer; k++) {
-    const int c = (k * blockDim.x + threadIdx.x) * kVec;
-    if (c < tile.cols) {
-      const Vec<Param, kVec> w = load_param<kVec>(weight, tile.begin + c, 1);
+    for (int first = 0; first < kRows; first += kBatch) {
+      Vec<X, kVec> xs[kBatch];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) {
-        const Acc g = dys[k][i] * w[i];
-        sums.a += g;
-        sums.b += g * ((xs[k][i] - m) * r);
+      for (int r = 0; r < kBatch; r++) xs[r] = load_vec<X, kVec>(x + int64_t(first + r) * cols + v * kVec, first + r < p.rows);
+#pragma unroll
+      for (int r = 0; r < kBatch; r++) {
+        Acc mean = 0, m2 = 0;
+        if (remove_mean) {
+#pragma unroll
+          for (int i = 0; i < kVec; i++) mean += xs[r][i];
+          mean *= Acc(1) / kVec;
+        }
+#pragma unroll
+        for (int i = 0; i < kVec; i++) {
+          const Acc d = xs[r][i] - mean;
+          m2 += d * d;
+        }
+        Moments& m = row[first + r];
+        const Acc d = mean - m.mean;
+        m.mean += d * share;
+        m.m2 += m2 + d * d * between;
       }
     }
   }
-  sums = block_sum(sums, scratch);
-  if (threadIdx.x == 0) part[tile.row * tiles + tile.index] = sums;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Acc count[1] = {Acc(taken) * kVec}, warp_count = warp_sum(count[0]);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    const Pair piece[1] = {{row[r].mean, row[r].m2}};
+    const Moments m = merge_moments(piece, count, warp_count > 0 ? Acc(1) / warp_count : Acc(0));
+    if (lane == 0) warps[r][warp] = {m.mean, m.m2};
+  }
+  if (lane == 0) counts[warp] = warp_count;
+  __syncthreads();
+  const Acc warp_counts[1] = {lane < kWarps ? counts[lane] : Acc(0)};
+  const Acc block_count = warp_sum(warp_counts[0]);
+  for (int r = warp; r < p.rows; r += kWarps) {
+    const Pair piece[1] = {lane < kWarps ? warps[r][lane] : Pair{0, 0}};
+    const Moments m = merge_moments(piece, warp_counts, block_count > 0 ? Acc(1) / block_count : Acc(0));
+    if (lane == 0) part[(p.row + r) * gridDim.x + blockIdx.x] = {m.mean, m.m2};
+  }
 }
 
-template <int kVec, int kPer>
-__device__ __forceinline__ void split_gradients(X* dx, Acc* dweight_part, Acc* dbias_part, const Pair* part, const X* x,
-                                                const X* dy, const Param* weight, const Acc* mean, const Acc* rstd,
-                                                int64_t rows, int cols, int tiles, int remove_mean) {
-  __shared__ Pair row_sums[kMaxShare];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int tile = int(gridDim.x) - 1 - int(blockIdx.x), width = blockDim.x * kPer * kVec, begin = tile * width;
-  const int tile_cols = min(width, cols - begin);
-  // This share's rows are share, share + shares, ...
-  const int64_t share = blockIdx.y, shares = gridDim.y;
-  const int own_rows = share < rows ? int((rows - 1 - share) / shares + 1) : 0;
-  for (int i = warp; i < own_rows; i += warps) {
-    const Pair* const sums = part + (share + i * shares) * tiles;
-    Pair sum = {0, 0};
-    for (int t = lane; t < tiles; t += kWarp) sum = sum + sums[t];
-    sum = warp_sum(sum);
-    if (lane == 0) row_sums[i] = sum;
-  }
-
-  Columns<kVec, kPer> own;
-#pragma unroll
-  for (int k = 0; k < kPer; k++) {
-    const int c = (k * blockDim.x + threadIdx.x) * kVec;
-    own.start(k, weight, begin + c, c < tile_cols);
+template <int kVec>
+__device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, const Pair* part, const X* x, const Param* weight,
+                                                const Param* bias, int64_t rows, int cols, Acc eps) {
+  __shared__ Normalizer normalizers[kRows];
+  const Piece p = piece_of<kVec>(rows, cols);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
+  // Columns that block b took.
+  const auto columns_of = [&](int b) {
+    const int first = b * kThreads, full = p.vectors / p.step, rest = p.vectors - full * p.step;
+    return Acc(full * kThreads + max(0, min(kThreads, rest - first))) * kVec;
+  };
+  const Acc inv_cols = Acc(1) / cols;
+  for (int r = warp; r < p.rows; r += kWarps) {
+    const Pair* const parts = part + (p.row + r) * blocks;
+    // About the first block's mean, so that mean >> std loses nothing.
+    const Acc center = parts[0].a;
+    Acc rest = 0, m2 = 0;
+    for (int b = lane; b < blocks; b += kWarp) rest += (parts[b].a - center) * columns_of(b);
+    const Acc row_mean = center + warp_sum(rest) * inv_cols;
+    for (int b = lane; b < blocks; b += kWarp) {
+      const Acc d = parts[b].a - row_mean;
+      m2 += parts[b].b + d * d * columns_of(b);
+    }
+    const Acc row_rstd = rsqrt_acc(warp_sum(m2) * inv_cols + eps);
+    if (lane == 0) {
+      normalizers[r] = Normalizer{row_mean, row_rstd};
+      if (blockIdx.x == 0) {
+        if (mean) mean[p.row + r] = row_mean;
+        if (rstd) rstd[p.row + r] = row_rstd;
+      }
+    }
   }
   __syncthreads();
-
-  const Acc inv_cols = Acc(1) / cols;
+  x += p.row * cols;
+  y += p.row * cols;
 #pragma unroll 1
-  for (int i = 0; i < own_rows; i++) {
-    const int64_t row = share + i * shares, at = row * cols + begin;
-    const RowStatistics stats = {mean ? __ldg(mean + row) : Acc(0), __ldg(rstd + row)};
-    Vec<X, kVec> xs[kPer], dys[kPer];
+  for (int v = last_of(p); v >= 0; v -= p.step) {
+    const Vec<Param, kVec> w = load_param<kVec>(weight, v * kVec, 1), b = load_param<kVec>(bias, v * kVec, 0);
 #pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      const int c = (k * blockDim.x + threadIdx.x) * kVec;
-      if (c < tile_cols) {
-        xs[k] = load_vec<X, kVec>(x + at + c);
-        dys[k] = load_vec<X, kVec>(dy + at + c);
-      }
-    }
-    const Scales s = scales_of(row_sums[i], stats, inv_cols, remove_mean);
+    for (int first = 0; first < kRows; first += kBatch) {
+      Vec<X, kVec> xs[kBatch];
 #pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      const int c = (k * blockDim.x + threadIdx.x) * kVec;
-      if (c < tile_cols) {
-        Pair unused = {0, 0};
-        own.add(k, xs[k], dys[k], stats, unused);
-        if (dx) own.store_dx(dx + at + c, k, xs[k], dys[k], s);
-      }
-    }
-  }
-
+      for (int r = 0; r < kBatch; r++) xs[r] = load_vec<X, kVec>(x + int64_t(first + r) * cols + v * kVec, first + r < p.rows);
 #pragma unroll
-  for (int k = 0; k < kPer; k++) {
-    const int c = (k * blockDim.x + threadIdx.x) * kVec;
-    if (c < tile_cols) {
+      for (int r = 0; r < kBatch; r++) {
+        const Normalizer n = normalizers[first + r];
+        Acc f[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) {
-        if (dweight_part) dweight_part[share * cols + begin + c + i] = own.dweight[k][i];
-        if (dbias_part) dbias_part[share * cols + begin + c + i] = own.dbias[k][i];
+        for (int i = 0; i < kVec; i++) f[i] = n.xhat(xs[r][i]) * w[i] + b[i];
+        store<X, kVec>(y + int64_t(first + r) * cols + v * kVec, f, first + r < p.rows);
       }
     }
   }
 }
 
-#define SPLIT(name, vec, forward_per, backward_per, threads)                                                           \
-  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
-      split_moments_##name(Pair* __restrict__ part /* [rows, tiles] */, const X* __restrict__ x /* [rows, cols] */,    \
-                           int64_t rows, int cols, int tiles, int remove_mean) {                                       \
-    split_moments<vec, forward_per>(part, x, rows, cols, tiles, remove_mean);                                          \
+template <int kVec>
+__device__ __forceinline__ void split_sums(Acc* dweight_part, Acc* dbias_part, Pair* part, const X* x, const X* dy,
+                                           const Param* weight, const Acc* mean, const Acc* rstd, int64_t rows, int cols) {
+  __shared__ Normalizer normalizers[kRows];
+  __shared__ Pair warps[kRows][kWarps];
+  const Piece p = piece_of<kVec>(rows, cols);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (threadIdx.x < kRows) {
+    const bool valid = int(threadIdx.x) < p.rows;
+    normalizers[threadIdx.x] = Normalizer{mean && valid ? mean[p.row + threadIdx.x] : Acc(0), valid ? rstd[p.row + threadIdx.x] : Acc(0)};
+  }
+  __syncthreads();
+  x += p.row * cols;
+  dy += p.row * cols;
+  Pair sums[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) sums[r] = {0, 0};
+#pragma unroll 1
+  for (int v = p.first; v < p.vectors; v += p.step) {
+    Columns<kVec, 1> own;
+    own.start(0, load_param<kVec>(weight, v * kVec, 1));
+#pragma unroll
+    for (int first = 0; first < kRows; first += kBatch) {
+      Vec<X, kVec> xs[kBatch], dys[kBatch];
+#pragma unroll
+      for (int r = 0; r < kBatch; r++) {
+        const int64_t at = int64_t(first + r) * cols + v * kVec;
+        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows);
+        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows);
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], sums[first + r]);
+    }
+    const int64_t at = blockIdx.y * int64_t(cols) + v * kVec;
+    if (dweight_part) store_acc<kVec>(dweight_part + at, own.dweight[0]);
+    if (dbias_part) store_acc<kVec>(dbias_part + at, own.dbias[0]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    const Pair sum = warp_sum(sums[r]);
+    if (lane == 0) warps[r][warp] = sum;
+  }
+  __syncthreads();
+  for (int r = warp; r < p.rows; r += kWarps) {
+    const Pair sum = warp_sum(lane < kWarps ? warps[r][lane] : Pair{0, 0});
+    if (lane == 0) part[(p.row + r) * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+template <int kVec>
+__device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X* x, const X* dy, const Param* weight,
+                                                const Acc* mean, const Acc* rstd, int64_t rows, int cols, int remove_mean) {
+  __shared__ Scales scales[kRows];
+  const Piece p = piece_of<kVec>(rows, cols);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
+  for (int r = warp; r < p.rows; r += kWarps) {
+    const int64_t row = p.row + r;
+    Pair sum = {0, 0};
+    for (int b = lane; b < blocks; b += kWarp) sum = sum + part[row * blocks + b];
+    sum = warp_sum(sum);
+    if (lane == 0) scales[r] = Scales::of(sum, Normalizer{mean ? mean[row] : Acc(0), rstd[row]}, Acc(1) / cols, remove_mean);
+  }
+  __syncthreads();
+  x += p.row * cols;
+  dy += p.row * cols;
+  dx += p.row * cols;
+#pragma unroll 1
+  for (int v = last_of(p); v >= 0; v -= p.step) {
+    Columns<kVec, 1> own;
+    own.start(0, load_param<kVec>(weight, v * kVec, 1));
+#pragma unroll
+    for (int first = 0; first < kRows; first += kBatch) {
+      Vec<X, kVec> xs[kBatch], dys[kBatch];
+#pragma unroll
+      for (int r = 0; r < kBatch; r++) {
+        const int64_t at = int64_t(first + r) * cols + v * kVec;
+        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows);
+        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows);
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; r++)
+        own.store_dx(dx + int64_t(first + r) * cols + v * kVec, 0, xs[r], dys[r], scales[first + r], first + r < p.rows);
+    }
+  }
+}
+
+#define SPLIT(name, vec)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
+      split_moments_##name(Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,   \
+                           int64_t rows, int cols, int remove_mean) {                                                  \
+    split_moments<vec>(part, x, rows, cols, remove_mean);                                                              \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
       split_normalize_##name(X* __restrict__ y /* [rows, cols] */, Acc* __restrict__ mean /* [rows] */,                \
-                             Acc* __restrict__ rstd /* [rows] */, const Pair* __restrict__ part /* [rows, tiles] */,   \
+                             Acc* __restrict__ rstd /* [rows] */, const Pair* __restrict__ part /* [rows, blocks] */,  \
                              const X* __restrict__ x /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */, \
-                             const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, int tiles, Acc eps) { \
-    split_normalize<vec, forward_per>(y, mean, rstd, part, x, weight, bias, rows, cols, tiles, eps);                   \
+                             const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps) {           \
+    split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps);                                       \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(threads, 2)                                                             \
-      split_sums_##name(Pair* __restrict__ part /* [rows, tiles] */, const X* __restrict__ x /* [rows, cols] */,       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
+      split_sums_##name(Acc* __restrict__ dweight_part /* [row groups, cols] */,                                       \
+                        Acc* __restrict__ dbias_part /* [row groups, cols] */,                                         \
+                        Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,      \
                         const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */,    \
                         const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,          \
-                        int64_t rows, int cols, int tiles) {                                                           \
-    split_sums<vec, backward_per>(part, x, dy, weight, mean, rstd, rows, cols, tiles);                                 \
+                        int64_t rows, int cols) {                                                                      \
+    split_sums<vec>(dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols);                            \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
-      split_gradients_##name(X* __restrict__ dx /* [rows, cols] */, Acc* __restrict__ dweight_part /* [shares, cols] */, \
-                             Acc* __restrict__ dbias_part /* [shares, cols] */,                                        \
-                             const Pair* __restrict__ part /* [rows, tiles] */, const X* __restrict__ x /* [rows, cols] */, \
-                             const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */, \
-                             const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,     \
-                             int64_t rows, int cols, int tiles, int remove_mean) {                                     \
-    split_gradients<vec, backward_per>(dx, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols,      \
-                                       tiles, remove_mean);                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
+      split_gradients_##name(X* __restrict__ dx /* [rows, cols] */, const Pair* __restrict__ part /* [rows, blocks] */, \
+                             const X* __restrict__ x /* [rows, cols] */, const X* __restrict__ dy /* [rows, cols] */,  \
+                             const Param* __restrict__ weight /* [cols] */, const Acc* __restrict__ mean /* [rows] */, \
+                             const Acc* __restrict__ rstd /* [rows] */, int64_t rows, int cols, int remove_mean) {     \
+    split_gradients<vec>(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean);                                \
   }
 
-SPLIT(wide, kWide, kForward, kBackward, kMaxThreads)
-SPLIT(single, 1, kSingle, kSingle, kMaxThreadsSingle)
+#ifdef LN_SINGLE
+SPLIT(single, 1)
+#else
+SPLIT(wide, kWide)
+#endif

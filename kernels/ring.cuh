@@ -1,0 +1,317 @@
+// Rows that pass through a ring in shared memory, and the blocks that share a row.
+//
+// A block has compute warps and, behind them, communication warps. A compute warp owns kPer chunks of 32 vectors of its block's
+// slice of every row; each of its lanes copies its own vectors asynchronously into its own slots of the ring, so that no
+// barrier guards the ring. What a row's owners must know of each other goes by a communication warp: the compute warps leave
+// their parts of a row's sums and arrive on an mbarrier, the communication warp adds them up, over all blocks of the row, and
+// publishes what the compute warps need some rows later.
+#pragma once
+#include "row.cuh"
+
+// Who owns a row: a block, a cluster of blocks that reach each other's shared memory, or a group of blocks of the grid, all
+// resident at once, that meet in global memory.
+enum class Owner { Block, Cluster, Grid };
+
+constexpr int kMaxWarps = 16;      // that compute
+constexpr int kMaxCluster = 16;    // blocks
+constexpr int kMaxGroup = 160;     // blocks of a row in Owner::Grid
+constexpr int kMaxOthers = kMaxGroup / kWarp;
+// Copies of a merged pair, each in its own 32 bytes or more.
+constexpr int kTold = 8, kToldStride = 4;
+// Pairs of a row's place in global memory, where `blocks` meet.
+__device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold * kToldStride; }
+
+// A row as whole vectors of memory. Where rows do not start on 16 bytes but their tensor does, a row's first vector starts `shift`
+// elements before the row, and its last may end behind it. The rows of one owner are a multiple of kVec apart, so that the shift is
+// the same for all of them: weight and sums are kept in its frame, and only a row's first and last vector are special.
+template <int kVec, bool kShifted> struct Frame {
+  int cols, shift, vectors;
+
+  __device__ __forceinline__ Frame(int cols, int owner)
+      : cols(cols), shift(kShifted ? int(int64_t(owner) * cols % kVec) : 0), vectors((shift + cols + kVec - 1) / kVec) {}
+  // Of the row's elements, those in vectors [begin, end).
+  __device__ __forceinline__ int count(int begin, int end) const {
+    return max(0, min(end * kVec, shift + cols) - max(begin * kVec, shift));
+  }
+  // The column of element 0 of a vector; less than 0 in a shifted row's first.
+  __device__ __forceinline__ int column(int vector) const { return vector * kVec - shift; }
+  __device__ __forceinline__ bool holds(int column) const { return column >= 0 && column < cols; }
+  __device__ __forceinline__ bool whole(int vector) const {
+    return !kShifted || (column(vector) >= 0 && column(vector) + kVec <= cols);
+  }
+};
+
+// The part of a row that a block owns: whole chunks of 32 vectors, contiguous, fewer or none in the last blocks.
+struct Share {
+  int begin, vectors;
+};
+__device__ __forceinline__ Share share_of(int vectors, int rank, int blocks) {
+  const int each = (vectors + blocks * kWarp - 1) / (blocks * kWarp) * kWarp, begin = min(rank * each, vectors);
+  return {begin, min(each, vectors - begin)};
+}
+
+// Of a vector that is not whole: its values one by one.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent,
+                                                          bool valid) {
+  const int c = frame.column(vector);
+  if constexpr (!kShifted) {
+    return valid ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
+  } else {
+    Acc f[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; i++) f[i] = !valid || !frame.holds(c + i) ? Acc(0) : p ? widen(__ldg(p + c + i)) : absent;
+    return Vec<Param, kVec>::of(f);
+  }
+}
+// Stores the vector at p, of which a row's first and last may hold less.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* p, const Acc (&f)[kVec], int vector, bool valid) {
+  const bool whole = frame.whole(vector);
+  store<X, kVec>(p, f, valid && whole);
+  if constexpr (kShifted) {
+    if (valid && !whole) {
+#pragma unroll
+      for (int i = 0; i < kVec; i++)
+        if (frame.holds(frame.column(vector) + i)) p[i] = X(f[i]);
+    }
+  }
+}
+
+// The vector with zeros where it holds none of the row.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ Vec<X, kVec> masked(const Frame<kVec, kShifted>& frame, const Vec<X, kVec>& v, int vector) {
+  Acc f[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; i++) f[i] = frame.holds(frame.column(vector) + i) ? v[i] : Acc(0);
+  return Vec<X, kVec>::of(f);
+}
+
+// Stores a vector's sums for dweight or dbias at the row of sums `out`.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame, Acc* out, int vector, const Acc (&f)[kVec]) {
+  const int c = frame.column(vector);
+  if constexpr (!kShifted) {
+    store_acc<kVec>(out + c, f);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; i++)
+      if (frame.holds(c + i)) out[c + i] = f[i];
+  }
+}
+
+// The blocks that share rows, and which of the grid's owners of rows they are.
+struct Group {
+  int rank, blocks, owner, owners;
+};
+template <Owner kOwner> __device__ __forceinline__ Group group_of(int blocks) {
+  int rank = 0;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if constexpr (kOwner == Owner::Cluster) {
+    rank = cluster_rank();
+    blocks = cluster_size();
+  }
+#endif
+  if constexpr (kOwner == Owner::Block) blocks = 1;
+  if constexpr (kOwner == Owner::Grid) rank = blockIdx.x % blocks;
+  return {rank, blocks, int(blockIdx.x / blocks), int(gridDim.x / blocks)};
+}
+
+// Lets no compute warp of the block pass before all `warps` have come.
+__device__ __forceinline__ void compute_sync(int warps) { asm volatile("bar.sync 1, %0;" ::"r"(warps * kWarp) : "memory"); }
+
+// Lets no thread of the cluster pass before all have come.
+template <Owner kOwner> __device__ __forceinline__ void sync_owner() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if constexpr (kOwner == Owner::Cluster) cluster_sync();
+#endif
+}
+
+// mean and rstd of an owner's rows, each lane those of every 32nd, loaded 32 rows ahead: a load that every lane waited for would
+// hold up each row. Iterations come in order, kStep apart.
+template <int kStep> struct Statistics {
+  Acc mean = 0, rstd = 0, mean_ahead = 0, rstd_ahead = 0;
+
+  __device__ __forceinline__ void load(const Acc* means, const Acc* rstds, const Group& group, int64_t rows, int from) {
+    const int64_t row = group.owner + int64_t(from + int(threadIdx.x % kWarp)) * group.owners;
+    if (row < rows) {
+      if (means) mean_ahead = __ldg(means + row);
+      rstd_ahead = __ldg(rstds + row);
+    }
+  }
+  __device__ __forceinline__ Normalizer at(const Acc* means, const Acc* rstds, const Group& group, int64_t rows, int it) {
+    if (it % kWarp < kStep) {
+      mean = mean_ahead;
+      rstd = rstd_ahead;
+      load(means, rstds, group, rows, it / kWarp * kWarp + kWarp);
+    }
+    return Normalizer{__shfl_sync(kFull, mean, it % kWarp), __shfl_sync(kFull, rstd, it % kWarp)};
+  }
+};
+
+// A lane's own slots in a warp's part of the ring: kTensors vectors of each chunk. Addresses, for one addition a step: an index would
+// be multiplied, and ptxas 13.0 encodes an asynchronous copy with a cache hint wrongly if its address has a uniform part.
+template <int kVec, int kTensors> struct Chunks {
+  static constexpr int kBytes = kVec * sizeof(X), kTensor = kWarp * kBytes, kChunk = kTensors * kTensor;
+
+  // The lane's slot in the warp's first chunk.
+  __device__ __forceinline__ static uint32_t start(const unsigned char* ring, int warp, int chunks) {
+    return shared_address(ring) + warp * chunks * kChunk + threadIdx.x % kWarp * kBytes;
+  }
+  __device__ __forceinline__ static Vec<X, kVec> read(uint32_t at) { return load_shared<Vec<X, kVec>>(at); }
+  // A slot that is never filled stays zero.
+  __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
+  // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from) {
+    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from);
+    else store_shared(at, load_vec<X, kVec>(from), true);
+  }
+  // What lies behind the tensor's end is not read.
+  __device__ __forceinline__ static void fill_before(uint32_t at, const X* from, int64_t left) {
+    static_assert(kBytes == 16, "16 bytes");
+    copy_async_part(at, from, int(max(int64_t(0), min(int64_t(kVec), left))) * int(sizeof(X)));
+  }
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid) {
+    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid);
+    else store_shared(at, load_vec<X, kVec>(from, valid), true);
+  }
+};
+
+// ---- between the blocks of a row ------------------------------------------------------------------------------------
+
+// Meeting in global memory: a slot is zero until its pair is there, and a sum of +0 goes as -0. One store and one load carry both
+// value and flag, so that no fence and no counter is needed.
+__device__ __forceinline__ float not_zero(float v) { return __float_as_uint(v) == 0 ? -0.f : v; }
+__device__ __forceinline__ double not_zero(double v) { return __double_as_longlong(v) == 0 ? -0. : v; }
+__device__ __forceinline__ bool is_there(float v) { return __float_as_uint(v) != 0; }
+__device__ __forceinline__ bool is_there(double v) { return __double_as_longlong(v) != 0; }
+__device__ __forceinline__ void publish(Pair* slot, Pair p) {
+  p = {not_zero(p.a), not_zero(p.b)};
+  if constexpr (sizeof(Acc) == 4)
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(slot), "f"(float(p.a)), "f"(float(p.b)) : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.v2.f64 [%0], {%1, %2};" ::"l"(slot), "d"(double(p.a)), "d"(double(p.b)) : "memory");
+}
+__device__ __forceinline__ Pair look(const Pair* slot) {
+  if constexpr (sizeof(Acc) == 4) {
+    float a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "l"(slot) : "memory");
+    return {Acc(a), Acc(b)};
+  } else {
+    double a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.f64 {%0, %1}, [%2];" : "=d"(a), "=d"(b) : "l"(slot) : "memory");
+    return {Acc(a), Acc(b)};
+  }
+}
+
+// What the warps of a block and the blocks of a cluster leave for each other: a set a row, used again kSets rows later. A compute warp
+// leaves its part of row i after it read the result of row i - kLag - 1, so that kSets >= kLag + 2 leave no set overrun.
+template <int kSets, typename Result> struct MailBox {
+  Pair part[kSets][kMaxWarps];     // of the compute warps
+  Pair block[kSets][kMaxCluster];  // of the cluster's blocks
+  Result result[kSets];
+  uint64_t part_full[kSets], block_full[kSets], result_full[kSets];
+};
+template <int kSets, typename Result> struct Mail {
+  using Box = MailBox<kSets, Result>;
+  static constexpr uint32_t kPart = offsetof(Box, part), kBlock = offsetof(Box, block), kResult = offsetof(Box, result),
+                            kPartFull = offsetof(Box, part_full), kBlockFull = offsetof(Box, block_full),
+                            kResultFull = offsetof(Box, result_full);
+  uint32_t box;
+
+  __device__ __forceinline__ explicit Mail(Box& b) : box(shared_address(&b)) { asm volatile("" : "+r"(box)); }
+  __device__ __forceinline__ static uint32_t set(int i) { return uint32_t(i) % kSets; }
+  __device__ __forceinline__ static uint32_t phase(int i) { return uint32_t(i) / kSets & 1; }
+
+  // By one thread; the block, or the cluster, synchronises after it.
+  __device__ __forceinline__ void init(int warps) const {
+    for (uint32_t s = 0; s < kSets; s++) {
+      barrier_init(box + kPartFull + 8 * s, 2 * warps);
+      barrier_init(box + kBlockFull + 8 * s, 1);
+      barrier_init(box + kResultFull + 8 * s, 1);
+    }
+    barrier_init_fence();
+  }
+
+  // A compute warp's part of row i: lanes 0 to 15 hold a, the others b.
+  __device__ __forceinline__ void leave(int i, int warp, Acc half) const {
+    const int lane = threadIdx.x % kWarp;
+    const bool leaves = lane % (kWarp / 2) == 0;
+    store_shared(box + kPart + (set(i) * kMaxWarps + warp) * sizeof(Pair) + (lane ? sizeof(Acc) : 0), half, leaves);
+    // What the warp's other lanes read of this set's last use is read by now.
+    __syncwarp();
+    barrier_arrive(box + kPartFull + 8 * set(i), leaves);
+  }
+  __device__ __forceinline__ Result wait(int i) const {
+    barrier_wait(box + kResultFull + 8 * set(i), phase(i));
+    return load_shared<Result>(box + kResult + set(i) * sizeof(Result));
+  }
+
+  // A communication warp's: the part of compute warp `lane`, or zeros.
+  __device__ __forceinline__ Pair collect(int i, int warps) const {
+    barrier_wait(box + kPartFull + 8 * set(i), phase(i));
+    const int lane = threadIdx.x % kWarp;
+    return lane < warps ? load_shared<Pair>(box + kPart + (set(i) * kMaxWarps + lane) * sizeof(Pair)) : Pair{0, 0};
+  }
+  // By all lanes, with the same value.
+  __device__ __forceinline__ void deliver(int i, const Result& r) const {
+    const bool delivers = threadIdx.x % kWarp == 0;
+    __syncwarp();
+    store_shared(box + kResult + set(i) * sizeof(Result), r, delivers);
+    barrier_arrive(box + kResultFull + 8 * set(i), delivers);
+  }
+
+  // The row's pair: `merge` of the pairs of its blocks, of which lane l has those of blocks l, l + 32, ... All blocks get the same
+  // bits. `meeting` is the row's place in global memory, for Owner::Grid.
+  template <Owner kOwner, typename Merge>
+  __device__ __forceinline__ Pair agree(int i, const Group& group, Pair own, Pair* meeting, const Merge& merge) const {
+    if constexpr (kOwner == Owner::Block) return own;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if constexpr (kOwner == Owner::Cluster) {
+      const int lane = threadIdx.x % kWarp, to = lane % (kWarp / 2);
+      const uint32_t full = box + kBlockFull + 8 * set(i), pairs = box + kBlock + set(i) * kMaxCluster * sizeof(Pair);
+      if (lane == 0) barrier_expect(full, group.blocks * sizeof(Pair));
+      const uint32_t slot = pairs + group.rank * sizeof(Pair) + (to == lane ? 0 : sizeof(Acc));
+      if (to < group.blocks) send(address_in(to, slot), to == lane ? own.a : own.b, address_in(to, full));
+      barrier_wait_cluster(full, phase(i));
+      const Pair heard[1] = {lane < group.blocks ? load_shared<Pair>(pairs + lane * sizeof(Pair)) : Pair{0, 0}};
+      return merge(heard);
+    }
+#endif
+    if constexpr (kOwner == Owner::Grid) return meet(group, own, meeting, merge);
+  }
+
+  // The first block reads all pairs and tells the others: where all poll all, they slow each other.
+  template <typename Merge>
+  __device__ __forceinline__ Pair meet(const Group& group, Pair own, Pair* meeting, const Merge& merge) const {
+    const int lane = threadIdx.x % kWarp;
+    Pair* const told = meeting + group.blocks;
+    if (group.rank > 0) {
+      if (lane == 0) publish(meeting + group.rank, own);
+      const Pair* const slot = told + group.rank % kTold * kToldStride;
+      Pair merged = look(slot);
+      while (!is_there(merged.a) || !is_there(merged.b)) {
+        __nanosleep(40);
+        merged = look(slot);
+      }
+      return merged;
+    }
+    Pair heard[kMaxOthers];
+#pragma unroll
+    for (int j = 0; j < kMaxOthers; j++) heard[j] = lane + j == 0 ? own : Pair{0, 0};
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int j = 0; j < kMaxOthers; j++) {
+        const int from = lane + j * kWarp;
+        if (from == 0 || from >= group.blocks || (is_there(heard[j].a) && is_there(heard[j].b))) continue;
+        heard[j] = look(meeting + from);
+        all = all && is_there(heard[j].a) && is_there(heard[j].b);
+      }
+    } while (!__all_sync(kFull, all));
+    const Pair merged = merge(heard);
+    if (lane < kTold) publish(told + lane * kToldStride, merged);
+    return merged;
+  }
+};
