@@ -3,14 +3,17 @@
 //! | regime | who owns a row | reads of x |
 //! |---|---|---|
 //! | warp | a group of 4 to 32 lanes | 1 |
-//! | block | a block | 1 |
-//! | cluster | 2 to 8 blocks that share memory (compute capability 9.0 and later) | 1 |
+//! | block | a block, or a team of its warps | 1 |
+//! | cluster | 2 to 16 blocks that share memory (compute capability 9.0 and later) | 1 |
+//! | grid | 2 to 160 blocks that meet in global memory, all resident | 1 |
 //! | split | all blocks, in two launches | 2 |
 //!
-//! The constants below mirror those of the kernels, which say what each entry accepts.
+//! [`FORWARD`] and [`BACKWARD`] mirror the kernels. A plan is the first of them that holds the row, unless a [`Choice`] names
+//! another.
 
 use crate::problem::Problem;
-use candle_core::{DType, Result, bail};
+use candle_core::{Result, bail};
+use serde::{Deserialize, Serialize};
 
 const WARP: usize = 32;
 
@@ -23,7 +26,11 @@ pub struct DeviceFacts {
     pub shared_per_block: usize,
     /// Bytes of shared memory of a multiprocessor.
     pub shared_per_multiprocessor: usize,
-    /// The compute capability that the PTX in use was compiled for: 80, or 90, which has clusters.
+    /// The most blocks of a cluster: 1 where there are none.
+    pub max_cluster: usize,
+    /// Whether blocks of a grid may wait for each other.
+    pub cooperative: bool,
+    /// The compute capability that the PTX in use was compiled for: 80 or 90.
     pub base: u32,
 }
 
@@ -32,10 +39,12 @@ pub struct DeviceFacts {
 pub enum Regime {
     /// A group of lanes.
     Warp,
-    /// A block.
+    /// A block, or a team of its warps.
     Block,
     /// A cluster of blocks.
     Cluster,
+    /// A group of resident blocks.
+    Grid,
     /// All blocks, in two launches.
     Split,
 }
@@ -53,6 +62,10 @@ pub struct Launch {
     pub block: [u32; 2],
     /// Blocks of a cluster; 1 if there are none.
     pub cluster: u32,
+    /// Whether all blocks must be resident at once.
+    pub cooperative: bool,
+    /// Whether it may start before the launch that it follows has ended, for whose results it waits itself.
+    pub early: bool,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
 }
@@ -62,23 +75,21 @@ pub struct Launch {
 pub struct Forward {
     /// Who owns a row.
     pub regime: Regime,
-    /// Lanes that own a row, in the warp regime.
-    pub lanes: u32,
-    /// Tiles that a row is split into, in the split regime.
-    pub tiles: usize,
+    /// Blocks of a row, in the grid and split regimes.
+    pub blocks: usize,
     /// In order; two in the split regime.
     pub launches: Vec<Launch>,
 }
 
-/// How a backward pass runs. `finalize` follows the launches if there is more than one part.
+/// How a backward pass runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backward {
     /// Who owns a row.
     pub regime: Regime,
-    /// Lanes that own a row, in the warp regime.
-    pub lanes: u32,
-    /// Tiles that a row is split into, in the split regime.
-    pub tiles: usize,
+    /// Blocks of a row, in the grid and split regimes.
+    pub blocks: usize,
+    /// Teams of a block that own rows, in the block regime.
+    pub teams: usize,
     /// Partial rows of dweight and of dbias.
     pub parts: usize,
     /// In order; two in the split regime.
@@ -87,47 +98,570 @@ pub struct Backward {
     pub finalize: Launch,
 }
 
-/// An entry, and the vectors of a row that one of its threads holds.
-#[derive(Clone, Copy)]
-struct Variant {
-    entry: &'static str,
-    per_thread: usize,
+/// A kernel and how many warps, blocks and teams it is launched with: what a plan is made of, and what tuning chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    /// The kernel's name, the first's in the split regime.
+    pub entry: &'static str,
+    /// Warps of a block that compute, of a team in the block regime of a backward pass.
+    pub warps: usize,
+    /// Blocks that own a row, or of the grid in the split regime; 1 in the warp and block regimes.
+    pub blocks: usize,
 }
 
-/// Elements in a vector: 16 bytes where rows are aligned, else one.
-fn vector(problem: &Problem, aligned: bool) -> usize {
-    if aligned {
-        16 / problem.dtype.size_in_bytes()
-    } else {
-        1
+/// What a kernel holds of a row, and how it may be launched.
+#[derive(Debug, Clone, Copy)]
+struct Kernel {
+    file: &'static str,
+    entry: &'static str,
+    /// The second launch of the split regime.
+    second: &'static str,
+    regime: Regime,
+    /// How it reads tensors.
+    access: Access,
+    /// Bytes of an element of x for which it exists.
+    sizes: &'static [usize],
+    /// Lanes that own a row, in the warp regime.
+    lanes: usize,
+    /// Vectors of a row that a thread holds.
+    per_thread: usize,
+    /// Vectors of each tensor that a thread has in the ring.
+    slots: usize,
+    /// Warps that communicate beside those of a team or block that compute.
+    communicating: usize,
+    /// Warps of a block that compute, at most: by base 80 and 90.
+    most_warps: [usize; 2],
+    /// Blocks that the registers of a multiprocessor hold.
+    resident: usize,
+    /// Not for half precision beside f32 weights.
+    same_dtype: bool,
+}
+
+/// The fields that most kernels share.
+const KERNEL: Kernel = Kernel {
+    file: "",
+    entry: "",
+    second: "",
+    regime: Regime::Warp,
+    access: Access::Wide,
+    sizes: &[2, 4, 8],
+    lanes: WARP,
+    per_thread: 1,
+    slots: 0,
+    communicating: 0,
+    most_warps: [16, 16],
+    resident: 1,
+    same_dtype: false,
+};
+
+const fn forward_warp(
+    entry: &'static str,
+    access: Access,
+    sizes: &'static [usize],
+    lanes: usize,
+    per_thread: usize,
+) -> Kernel {
+    Kernel {
+        file: match access {
+            Access::Single => "forward_single",
+            _ => "forward",
+        },
+        entry,
+        access,
+        sizes,
+        lanes,
+        per_thread,
+        most_warps: [4, 4],
+        ..KERNEL
     }
 }
 
-/// Whether every row of a tensor that starts on 16 bytes does so too.
-pub fn rows_align(problem: &Problem) -> bool {
-    problem.cols.is_multiple_of(vector(problem, true))
+const fn forward_block(
+    entry: &'static str,
+    access: Access,
+    sizes: &'static [usize],
+    per_thread: usize,
+    most_warps: [usize; 2],
+) -> Kernel {
+    Kernel {
+        file: match access {
+            Access::Single => "forward_single",
+            _ => "forward",
+        },
+        entry,
+        access,
+        regime: Regime::Block,
+        sizes,
+        per_thread,
+        most_warps,
+        ..KERNEL
+    }
+}
+
+/// A ring's kernel for rows that do not start on 16 bytes, in the file of the aligned ones with another name.
+#[allow(clippy::too_many_arguments)]
+const fn shifted(
+    file: &'static str,
+    entry: &'static str,
+    regime: Regime,
+    sizes: &'static [usize],
+    per_thread: usize,
+    slots: usize,
+    communicating: usize,
+    most_warps: usize,
+) -> Kernel {
+    Kernel {
+        file,
+        entry,
+        access: Access::Shifted,
+        regime,
+        sizes,
+        per_thread,
+        slots,
+        communicating,
+        most_warps: [most_warps, most_warps],
+        ..KERNEL
+    }
+}
+
+/// Kernels of the forward pass, in the order in which a plan tries them. Shares of the roofline on an H200 beside each.
+const FORWARD: &[Kernel] = &[
+    // 256 columns of bf16: 86% with 16 lanes, 85% with 8, 83% with 32; of f32: 92% with 32, 90% with 16.
+    forward_warp("forward_warp_wide_4x4", Access::Wide, &[2, 4, 8], 4, 4),
+    forward_warp("forward_warp_wide_16x2", Access::Wide, &[2, 4], 16, 2),
+    forward_warp("forward_warp_wide_32x2", Access::Wide, &[4], 32, 2),
+    forward_warp("forward_warp_wide_16x4", Access::Wide, &[2], 16, 4),
+    // 768 columns of bf16: 89%, with 4 vectors 82%.
+    forward_warp("forward_warp_wide_32x3", Access::Wide, &[2], 32, 3),
+    forward_warp("forward_warp_wide_32x4", Access::Wide, &[2, 8], 32, 4),
+    // 1024 columns of f32: 97%, a warp with 8 vectors 93%.
+    forward_block("forward_block_wide_x2", Access::Wide, &[4], 2, [4, 4]),
+    // bf16 at 8192 columns: 93%, with 2 vectors 85%, with 8 74%. f32: 95%, with 2 61%.
+    forward_block("forward_block_wide_x4", Access::Wide, &[4], 4, [16, 16]),
+    // Beyond 16 warps a block's rows wait for each other; without clusters there is no other way.
+    forward_block("forward_block_wide_x4", Access::Wide, &[2], 4, [28, 14]),
+    forward_block("forward_block_wide_x4", Access::Wide, &[8], 4, [32, 16]),
+    forward_block("forward_block_wide_x8", Access::Wide, &[4], 8, [32, 16]),
+    forward_warp("forward_warp_single_4x8", Access::Single, &[2, 4, 8], 4, 8),
+    forward_warp(
+        "forward_warp_single_32x4",
+        Access::Single,
+        &[2, 4, 8],
+        32,
+        4,
+    ),
+    forward_warp(
+        "forward_warp_single_32x8",
+        Access::Single,
+        &[2, 4, 8],
+        32,
+        8,
+    ),
+    // Owners keep to rows of one shift: any row, as fast as aligned ones.
+    shifted(
+        "forward_shifted",
+        "forward_block_shifted",
+        Regime::Block,
+        &[2, 4, 8],
+        4,
+        12,
+        1,
+        15,
+    ),
+    shifted(
+        "forward_shifted",
+        "forward_cluster_shifted",
+        Regime::Cluster,
+        &[2, 4, 8],
+        4,
+        20,
+        1,
+        15,
+    ),
+    shifted(
+        "forward_shifted",
+        "forward_grid_shifted",
+        Regime::Grid,
+        &[2, 4, 8],
+        4,
+        24,
+        4,
+        12,
+    ),
+    forward_warp("forward_warp_single_32x16", Access::Single, &[2, 4], 32, 16),
+    forward_block(
+        "forward_block_single_x16",
+        Access::Single,
+        &[2, 4],
+        16,
+        [16, 16],
+    ),
+    forward_block("forward_block_single_x8", Access::Single, &[8], 8, [16, 16]),
+    // bf16 at 131072 columns: 93%, in a grid 84%.
+    Kernel {
+        file: "forward_ring",
+        entry: "forward_cluster_wide",
+        regime: Regime::Cluster,
+        per_thread: 4,
+        slots: 20,
+        communicating: 1,
+        ..KERNEL
+    },
+    // 128 x 1048576: 89% in bf16, 88% in f32; with a lead of 12 chunks for 16 86% and 84%, with 2 warps that communicate 83%.
+    Kernel {
+        file: "forward_ring",
+        entry: "forward_grid_wide",
+        regime: Regime::Grid,
+        per_thread: 4,
+        slots: 24,
+        communicating: 4,
+        ..KERNEL
+    },
+    // 16 x 4194304 in bf16: 73%, split 51%.
+    Kernel {
+        file: "forward_ring",
+        entry: "forward_giant_wide",
+        regime: Regime::Grid,
+        sizes: &[2],
+        per_thread: 9,
+        slots: 28,
+        communicating: 1,
+        most_warps: [14, 14],
+        same_dtype: true,
+        ..KERNEL
+    },
+    Kernel {
+        file: "split",
+        entry: "split_moments_wide",
+        second: "split_normalize_wide",
+        regime: Regime::Split,
+        ..KERNEL
+    },
+    Kernel {
+        file: "split_single",
+        entry: "split_moments_single",
+        second: "split_normalize_single",
+        regime: Regime::Split,
+        access: Access::Single,
+        ..KERNEL
+    },
+];
+
+/// A ring of 4 rows, of 3 where a lane holds 128 bytes of each: kWarpRing of backward.cu.
+const fn backward_warp(
+    entry: &'static str,
+    access: Access,
+    sizes: &'static [usize],
+    lanes: usize,
+    per_thread: usize,
+    resident: usize,
+) -> Kernel {
+    Kernel {
+        file: match access {
+            Access::Single => "backward_single",
+            _ => "backward",
+        },
+        entry,
+        access,
+        sizes,
+        lanes,
+        per_thread,
+        slots: if per_thread >= 8 && matches!(access, Access::Wide) {
+            3
+        } else {
+            4
+        } * per_thread,
+        most_warps: [8, 8],
+        resident,
+        ..KERNEL
+    }
+}
+
+/// Kernels of the backward pass, in the order in which a plan tries them.
+const BACKWARD: &[Kernel] = &[
+    // bf16: 82% at 256 columns, 89% at 512, 85% at 768, 87% at 1024; f32: 91%, 90%, 92%, 92%.
+    backward_warp("backward_warp_wide_8x2", Access::Wide, &[2], 8, 2, 2),
+    backward_warp("backward_warp_wide_16x2", Access::Wide, &[2], 16, 2, 2),
+    backward_warp("backward_warp_wide_32x2", Access::Wide, &[2], 32, 2, 2),
+    backward_warp("backward_warp_wide_32x3", Access::Wide, &[2], 32, 3, 1),
+    backward_warp("backward_warp_wide_32x4", Access::Wide, &[2], 32, 4, 1),
+    backward_warp("backward_warp_wide_8x4", Access::Wide, &[4, 8], 8, 4, 1),
+    backward_warp("backward_warp_wide_16x4", Access::Wide, &[4], 16, 4, 1),
+    backward_warp("backward_warp_wide_32x4", Access::Wide, &[4, 8], 32, 4, 1),
+    backward_warp("backward_warp_wide_32x6", Access::Wide, &[4], 32, 6, 1),
+    backward_warp("backward_warp_wide_32x8", Access::Wide, &[4], 32, 8, 1),
+    backward_warp(
+        "backward_warp_single_8x8",
+        Access::Single,
+        &[2, 4, 8],
+        8,
+        8,
+        1,
+    ),
+    backward_warp(
+        "backward_warp_single_32x4",
+        Access::Single,
+        &[2, 4, 8],
+        32,
+        4,
+        1,
+    ),
+    backward_warp(
+        "backward_warp_single_32x8",
+        Access::Single,
+        &[2, 4, 8],
+        32,
+        8,
+        1,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_block_shifted",
+        Regime::Block,
+        &[2],
+        2,
+        6,
+        1,
+        11,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_block_shifted",
+        Regime::Block,
+        &[4],
+        2,
+        8,
+        1,
+        15,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_block_shifted",
+        Regime::Block,
+        &[8],
+        4,
+        12,
+        1,
+        11,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_cluster_shifted",
+        Regime::Cluster,
+        &[2],
+        2,
+        12,
+        1,
+        11,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_cluster_shifted",
+        Regime::Cluster,
+        &[4],
+        2,
+        12,
+        1,
+        15,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_cluster_shifted",
+        Regime::Cluster,
+        &[8],
+        4,
+        12,
+        1,
+        11,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_grid_shifted",
+        Regime::Grid,
+        &[2],
+        2,
+        12,
+        4,
+        8,
+    ),
+    shifted(
+        "backward_shifted",
+        "backward_grid_shifted",
+        Regime::Grid,
+        &[4, 8],
+        4,
+        12,
+        4,
+        8,
+    ),
+    backward_warp(
+        "backward_warp_single_32x16",
+        Access::Single,
+        &[2, 4],
+        32,
+        16,
+        1,
+    ),
+    // bf16 at 2048 columns: 88% in 4 teams a block, 84% in 4 blocks, whose partial sums are 4 times as many.
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_block_wide",
+        regime: Regime::Block,
+        sizes: &[2],
+        per_thread: 2,
+        slots: 6,
+        communicating: 1,
+        ..KERNEL
+    },
+    // f32 at 4096 columns: 93%, with 4 vectors 92%.
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_block_wide",
+        regime: Regime::Block,
+        sizes: &[4],
+        per_thread: 2,
+        slots: 8,
+        communicating: 1,
+        ..KERNEL
+    },
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_block_wide",
+        regime: Regime::Block,
+        sizes: &[8],
+        per_thread: 4,
+        slots: 12,
+        communicating: 1,
+        most_warps: [12, 12],
+        ..KERNEL
+    },
+    // bf16 at 32768 columns: 86%, in a grid 82%. f32: 91%, in a grid 89%.
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_cluster_wide",
+        regime: Regime::Cluster,
+        sizes: &[2, 4],
+        per_thread: 2,
+        slots: 12,
+        communicating: 1,
+        ..KERNEL
+    },
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_cluster_wide",
+        regime: Regime::Cluster,
+        sizes: &[8],
+        per_thread: 4,
+        slots: 12,
+        communicating: 1,
+        most_warps: [12, 12],
+        ..KERNEL
+    },
+    // 128 x 1048576: 76% in bf16, 82% in f32; with 2 warps that communicate 63% and 80%.
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_grid_wide",
+        regime: Regime::Grid,
+        sizes: &[2],
+        per_thread: 2,
+        slots: 12,
+        communicating: 4,
+        ..KERNEL
+    },
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_grid_wide",
+        regime: Regime::Grid,
+        sizes: &[4],
+        per_thread: 4,
+        slots: 12,
+        communicating: 4,
+        most_warps: [8, 16],
+        ..KERNEL
+    },
+    Kernel {
+        file: "backward_ring",
+        entry: "backward_grid_wide",
+        regime: Regime::Grid,
+        sizes: &[8],
+        per_thread: 4,
+        slots: 12,
+        communicating: 4,
+        most_warps: [8, 8],
+        ..KERNEL
+    },
+    Kernel {
+        file: "split",
+        entry: "split_sums_wide",
+        second: "split_gradients_wide",
+        regime: Regime::Split,
+        ..KERNEL
+    },
+    Kernel {
+        file: "split_single",
+        entry: "split_sums_single",
+        second: "split_gradients_single",
+        regime: Regime::Split,
+        access: Access::Single,
+        ..KERNEL
+    },
+];
+
+/// Elements in a vector: 16 bytes, or one.
+fn vector(problem: &Problem, access: Access) -> usize {
+    match access {
+        Access::Wide | Access::Shifted => 16 / problem.dtype.size_in_bytes(),
+        Access::Single => 1,
+    }
+}
+
+/// How kernels read tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// 16 bytes at a time: every row starts on 16 bytes.
+    Wide,
+    /// 16 bytes at a time: x and dy start on 16 bytes, their rows need not.
+    Shifted,
+    /// An element at a time.
+    Single,
+}
+
+impl Access {
+    /// `xs_start`, `params_start`: whether x and dy, and weight and bias, start on 16 bytes.
+    pub fn of(problem: &Problem, xs_start: bool, params_start: bool) -> Self {
+        let rows_align = problem.cols.is_multiple_of(vector(problem, Self::Wide));
+        match (xs_start, params_start && rows_align) {
+            (true, true) => Self::Wide,
+            (true, false) => Self::Shifted,
+            (false, _) => Self::Single,
+        }
+    }
+
+    /// Whether tensors that are read so may be read as `kernel` does.
+    fn allows(self, kernel: Self) -> bool {
+        match self {
+            Self::Wide => kernel == Self::Wide,
+            Self::Shifted => kernel != Self::Wide,
+            Self::Single => kernel == Self::Single,
+        }
+    }
 }
 
 fn acc_bytes(problem: &Problem) -> usize {
     problem.stats_dtype().size_in_bytes()
 }
 
-/// Threads that hold `vectors` at `per_thread` each, in whole warps.
-fn threads_for(vectors: usize, per_thread: usize) -> usize {
-    vectors.div_ceil(per_thread).next_multiple_of(WARP)
-}
-
-/// The first variant that holds `vectors` in `lanes` lanes.
-fn smallest(variants: &[Variant], lanes: usize, vectors: usize) -> Option<Variant> {
-    variants
-        .iter()
-        .copied()
-        .find(|v| v.per_thread * lanes >= vectors)
-}
-
-/// Lanes for a row, so that each holds about `target` vectors.
-fn lanes_for(vectors: usize, target: usize) -> usize {
-    vectors.div_ceil(target).next_power_of_two().clamp(4, WARP)
+/// The kernels index columns with 32 bits.
+fn check_cols(problem: &Problem) -> Result<()> {
+    if i32::try_from(problem.cols).is_err() {
+        bail!(
+            "{}: xs: expected rows of at most 2^31 - 1 columns on CUDA, got {}",
+            problem.op_name(),
+            problem.cols
+        )
+    }
+    Ok(())
 }
 
 impl Launch {
@@ -154,407 +688,651 @@ impl Launch {
             grid: [x as u32, u32::from(y)],
             block: [block[0] as u32, block[1] as u32],
             cluster: 1,
+            cooperative: false,
+            early: false,
             shared: 0,
         })
     }
 }
 
-/// The kernels index columns with 32 bits.
-fn check_cols(problem: &Problem) -> Result<()> {
-    if i32::try_from(problem.cols).is_err() {
-        bail!(
-            "{}: xs: expected rows of at most 2^31 - 1 columns on CUDA, got {}",
-            problem.op_name(),
-            problem.cols
-        )
-    }
-    Ok(())
-}
-
-/// What a block of a cluster or a ring uses of shared memory besides its ring, at most, and what the driver reserves.
-const STATIC_SHARED: usize = 17 * 1024;
+/// What a ring's kernel uses of shared memory besides the ring, at most, and what the driver reserves of each block's.
+const STATIC_SHARED: usize = 10 * 1024;
 const RESERVED_SHARED: usize = 1024;
+/// kMaxGroup, kTold * kToldStride of ring.cuh.
+const MAX_GROUP: usize = 160;
+const TOLD: usize = 32;
+/// kRows and kThreads of split.cu.
+const SPLIT_ROWS: usize = 16;
+const SPLIT_THREADS: usize = 256;
+/// kMaxTeams of backward_ring.cu, and the warps of its block.
+const MAX_TEAMS: usize = 8;
+const TEAM_WARPS: usize = 16;
 
-// ---- forward --------------------------------------------------------------------------------------------------------
-
-/// Plans a forward pass over a problem that is not empty. `aligned`: every row of every tensor starts on 16 bytes.
-pub fn forward(problem: &Problem, aligned: bool, device: &DeviceFacts) -> Result<Forward> {
-    check_cols(problem)?;
-    let (rows, cols) = (problem.rows, problem.cols);
-    let vectors = cols / vector(problem, aligned);
-    let size = problem.dtype.size_in_bytes();
-    // kLarge and kLargeSingle of forward.cu.
-    let large = match (aligned, size) {
-        (true, 4) => 8,
-        (true, _) => 4,
-        (false, 8) => 8,
-        (false, _) => 16,
-    };
-    let variant = |entry, per_thread| Variant { entry, per_thread };
-
-    let warp: &[Variant] = if aligned {
-        &[
-            variant("forward_warp_wide_quarter", large / 4),
-            variant("forward_warp_wide_half", large / 2),
-            variant("forward_warp_wide_full", large),
-        ]
-    } else {
-        &[
-            variant("forward_warp_single_quarter", large / 4),
-            variant("forward_warp_single_half", large / 2),
-            variant("forward_warp_single_full", large),
-        ]
-    };
-    // 64 bytes a lane: at 256 columns on an H200, bf16 reaches 82% of the roofline with 8 lanes, 75% with 16, 60% with
-    // 32; f32 93%, with 16 lanes or 32.
-    let lanes = lanes_for(vectors, if aligned { 4 } else { large / 2 });
-    if let Some(v) = smallest(warp, lanes, vectors) {
-        let threads = 128;
-        let grid = [rows.div_ceil(threads / lanes), 1];
-        return Ok(Forward {
-            regime: Regime::Warp,
-            lanes: lanes as u32,
-            tiles: 1,
-            launches: vec![Launch::new(
-                problem,
-                "forward",
-                v.entry,
-                grid,
-                [threads, 1],
-            )?],
-        });
+fn gcd(a: usize, b: usize) -> usize {
+    match b {
+        0 => a,
+        b => gcd(b, a % b),
     }
-
-    // 512 threads leave room for a second block on a multiprocessor; without clusters, a block takes what it can.
-    let max_threads = match (aligned, device.base) {
-        (true, 90) => 512,
-        (true, _) => 1024,
-        (false, _) => 640,
-    };
-    // 64 bytes a thread in all dtypes. f32 takes them as half of 128: 95.1% of the roofline at 8192 columns on an H200,
-    // 94.7% in full. bf16 loses 20% with 32 bytes.
-    let block: &[Variant] = match (aligned, size) {
-        (true, 2) => &[variant("forward_block_wide_full", large)],
-        (true, _) => &[
-            variant("forward_block_wide_half", large / 2),
-            variant("forward_block_wide_full", large),
-        ],
-        (false, _) => &[variant("forward_block_single_full", large)],
-    };
-    if let Some(v) = smallest(block, max_threads, vectors) {
-        let threads = threads_for(vectors, v.per_thread);
-        return Ok(Forward {
-            regime: Regime::Block,
-            lanes: 0,
-            tiles: 1,
-            launches: vec![Launch::new(
-                problem,
-                "forward",
-                v.entry,
-                [rows, 1],
-                [threads, 1],
-            )?],
-        });
-    }
-
-    if device.base >= 90 {
-        // kLargeSingle of forward.cu, and its FORWARD_CLUSTER(wide).
-        let cluster = if aligned {
-            variant("forward_cluster_wide", 4)
-        } else {
-            variant("forward_cluster_single", large)
-        };
-        for blocks in [2, 4, 8] {
-            let threads = threads_for(vectors.div_ceil(blocks), cluster.per_thread);
-            let shared = 6 * threads * cluster.per_thread * (vector(problem, aligned) * size);
-            if threads > 512 || shared + STATIC_SHARED > device.shared_per_block {
-                continue;
-            }
-            let resident = (512 / threads)
-                .min(device.shared_per_multiprocessor / (shared + STATIC_SHARED + RESERVED_SHARED))
-                .max(1);
-            let owners = rows.min(resident * clusters(device, blocks));
-            let launch = Launch::new(
-                problem,
-                "forward",
-                cluster.entry,
-                [owners * blocks, 1],
-                [threads, 1],
-            )?;
-            return Ok(Forward {
-                regime: Regime::Cluster,
-                lanes: 0,
-                tiles: 1,
-                launches: vec![Launch {
-                    cluster: blocks as u32,
-                    shared: shared as u32,
-                    ..launch
-                }],
-            });
-        }
-    }
-
-    let (threads, [moments, normalize]) = if aligned {
-        (384, ["split_moments_wide", "split_normalize_wide"])
-    } else {
-        (256, ["split_moments_single", "split_normalize_single"])
-    };
-    let tiles = vectors.div_ceil(threads * large);
-    let launch = |entry| Launch::new(problem, "split", entry, [tiles * rows, 1], [threads, 1]);
-    Ok(Forward {
-        regime: Regime::Split,
-        lanes: 0,
-        tiles,
-        launches: vec![launch(moments)?, launch(normalize)?],
-    })
-}
-
-// ---- backward -------------------------------------------------------------------------------------------------------
-
-/// Plans a backward pass over a problem that is not empty. `aligned`: every row of every tensor starts on 16 bytes.
-pub fn backward(problem: &Problem, aligned: bool, device: &DeviceFacts) -> Result<Backward> {
-    check_cols(problem)?;
-    let plan = match backward_warp(problem, aligned, device)? {
-        Some(plan) => plan,
-        None => match backward_block(problem, aligned, device)? {
-            Some(plan) => plan,
-            None => backward_split(problem, aligned, device)?,
-        },
-    };
-    Ok(plan)
-}
-
-fn finalize(problem: &Problem) -> Result<Launch> {
-    Launch::new(
-        problem,
-        "finalize",
-        "finalize",
-        [problem.cols.div_ceil(32), 2],
-        [32, 16],
-    )
-}
-
-fn backward_warp(
-    problem: &Problem,
-    aligned: bool,
-    device: &DeviceFacts,
-) -> Result<Option<Backward>> {
-    const THREADS: usize = 256;
-    let (cols, size) = (problem.cols, problem.dtype.size_in_bytes());
-    let vector = vector(problem, aligned);
-    let vectors = cols / vector;
-    let variant = |entry, per_thread| Variant { entry, per_thread };
-    // kLargeWarp and kLargeSingle of backward.cu; then the blocks a multiprocessor holds by registers.
-    let variants: &[Variant] = if aligned {
-        let large = if size == 4 { 8 } else { 4 };
-        &[
-            variant("backward_warp_wide_quarter", large / 4),
-            variant("backward_warp_wide_half", large / 2),
-            variant("backward_warp_wide_full", large),
-        ]
-    } else {
-        let large = if size == 8 { 8 } else { 16 };
-        &[
-            variant("backward_warp_single_half", large / 2),
-            variant("backward_warp_single_full", large),
-        ]
-    };
-    let lanes = lanes_for(vectors, variants[variants.len() - 2].per_thread);
-    let Some(v) = smallest(variants, lanes, vectors) else {
-        return Ok(None);
-    };
-    let by_registers = if v.entry.ends_with("full") { 1 } else { 2 };
-    let thread_bytes = v.per_thread * vector * size;
-    let ring_rows = if thread_bytes >= 128 { 3 } else { 4 };
-    let ring = ring_rows * 2 * THREADS * thread_bytes;
-    let shared = ring.max(THREADS / WARP * cols * acc_bytes(problem));
-    if shared > device.shared_per_block {
-        return Ok(None);
-    }
-    let resident = by_registers
-        .min(device.shared_per_multiprocessor / (shared + RESERVED_SHARED))
-        .max(1);
-    let owners = problem
-        .rows
-        .div_ceil(THREADS / lanes)
-        .min(device.multiprocessors * resident);
-    let launch = Launch::new(problem, "backward", v.entry, [owners, 1], [THREADS, 1])?;
-    Ok(Some(Backward {
-        regime: Regime::Warp,
-        lanes: lanes as u32,
-        tiles: 1,
-        parts: owners,
-        launches: vec![Launch {
-            shared: shared as u32,
-            ..launch
-        }],
-        finalize: finalize(problem)?,
-    }))
-}
-
-fn backward_block(
-    problem: &Problem,
-    aligned: bool,
-    device: &DeviceFacts,
-) -> Result<Option<Backward>> {
-    let size = problem.dtype.size_in_bytes();
-    let vector = vector(problem, aligned);
-    let vectors = problem.cols / vector;
-    let variant = |entry, per_thread| Variant { entry, per_thread };
-    // kLarge and kLargeSingle of backward.cu.
-    let large = match (aligned, size) {
-        (true, 2) => 2,
-        (true, _) => 4,
-        (false, 8) => 8,
-        (false, _) => 16,
-    };
-    // kMaxThreads and kMaxThreadsSingle of backward.cu: the threads whose registers a multiprocessor holds.
-    let max_threads = match (aligned, size) {
-        (true, 8) => 384,
-        (true, _) => 512,
-        (false, _) => 256,
-    };
-    // bf16 at 4096 columns on an H200: 81% of the roofline with 32 bytes of x a thread, 71% with 16. f32: 94% with 32, 90%
-    // with 64, which a cluster of two does as well.
-    let half = variant("backward_block_wide_half", large / 2);
-    let full = variant("backward_block_wide_full", large);
-    let blocks: &[Variant] = match (aligned, size) {
-        (true, 2) => &[full],
-        (true, 4) if device.base >= 90 => &[half],
-        (true, _) => &[half, full],
-        (false, _) => &[variant("backward_block_single_full", large)],
-    };
-    let cluster = if aligned {
-        variant("backward_cluster_wide_full", large)
-    } else {
-        variant("backward_cluster_single_full", large)
-    };
-    // The ring's rows, by the bytes of a row that a thread holds: `Ring` of backward.cu.
-    let ring_rows = |v: Variant| match (v.per_thread * vector * size >= 64, device.base) {
-        (true, 90) => 3,
-        (false, 90) => 6,
-        (true, _) => 2,
-        (false, _) => 3,
-    };
-    let shared =
-        |v: Variant, threads: usize| ring_rows(v) * 2 * threads * v.per_thread * vector * size;
-    let plan = |v: Variant, blocks: usize| -> Result<Option<Backward>> {
-        let threads = threads_for(vectors.div_ceil(blocks), v.per_thread);
-        let shared = shared(v, threads);
-        if threads > max_threads || shared + STATIC_SHARED > device.shared_per_block {
-            return Ok(None);
-        }
-        let resident = (max_threads / threads)
-            .min(device.shared_per_multiprocessor / (shared + STATIC_SHARED + RESERVED_SHARED))
-            .max(1);
-        let owners = problem.rows.min(resident * clusters(device, blocks));
-        let launch = Launch::new(
-            problem,
-            "backward",
-            v.entry,
-            [owners * blocks, 1],
-            [threads, 1],
-        )?;
-        Ok(Some(Backward {
-            regime: if blocks == 1 {
-                Regime::Block
-            } else {
-                Regime::Cluster
-            },
-            lanes: 0,
-            tiles: 1,
-            parts: owners,
-            launches: vec![Launch {
-                cluster: blocks as u32,
-                shared: shared as u32,
-                ..launch
-            }],
-            finalize: finalize(problem)?,
-        }))
-    };
-    for &v in blocks {
-        if let Some(plan) = plan(v, 1)? {
-            return Ok(Some(plan));
-        }
-    }
-    if device.base >= 90 {
-        for blocks in [2, 4, 8] {
-            if let Some(plan) = plan(cluster, blocks)? {
-                return Ok(Some(plan));
-            }
-        }
-    }
-    Ok(None)
 }
 
 /// Clusters that are resident at once, one block a multiprocessor. A cluster lies within a group of multiprocessors, some
-/// of which remain over: on an H200 with 132, 66 of 2, 30 of 4 and 15 of 8 were resident.
+/// of which remain over: on an H200 with 132, 66 of 2, 30 of 4, 15 of 8 and 7 of 16 were resident.
 fn clusters(device: &DeviceFacts, blocks: usize) -> usize {
     let usable = match blocks {
         1 | 2 => device.multiprocessors,
+        16.. => device.multiprocessors * 7 / 8,
         _ => device.multiprocessors * 10 / 11,
     };
     (usable / blocks).max(1)
 }
 
-fn backward_split(problem: &Problem, aligned: bool, device: &DeviceFacts) -> Result<Backward> {
-    /// kMaxShare of split.cu.
-    const MAX_SHARE: usize = 1024;
-    let vectors = problem.cols / vector(problem, aligned);
-    // kBackward and kSingle of split.cu.
-    let (threads, per_thread, [sums, gradients]) = match (aligned, problem.dtype) {
-        (true, DType::F16 | DType::BF16) => (384, 2, ["split_sums_wide", "split_gradients_wide"]),
-        (true, _) => (384, 4, ["split_sums_wide", "split_gradients_wide"]),
-        (false, DType::F64) => (256, 8, ["split_sums_single", "split_gradients_single"]),
-        (false, _) => (256, 16, ["split_sums_single", "split_gradients_single"]),
+/// A problem on a device, in one direction.
+struct Planner<'a> {
+    problem: &'a Problem,
+    access: Access,
+    device: &'a DeviceFacts,
+    /// Tensors that pass through the ring: x, or x and dy.
+    tensors: usize,
+}
+
+impl<'a> Planner<'a> {
+    fn forward_of(problem: &'a Problem, access: Access, device: &'a DeviceFacts) -> Self {
+        Self {
+            problem,
+            access,
+            device,
+            tensors: 1,
+        }
+    }
+
+    fn backward_of(problem: &'a Problem, access: Access, device: &'a DeviceFacts) -> Self {
+        Self {
+            tensors: 2,
+            ..Self::forward_of(problem, access, device)
+        }
+    }
+
+    fn size(&self) -> usize {
+        self.problem.dtype.size_in_bytes()
+    }
+
+    /// Vectors of a row, the most that its rows span.
+    fn vectors(&self, kernel: &Kernel) -> usize {
+        let vector = vector(self.problem, kernel.access);
+        match kernel.access {
+            Access::Shifted => (self.problem.cols + vector - 1).div_ceil(vector),
+            Access::Wide | Access::Single => self.problem.cols / vector,
+        }
+    }
+
+    /// The distance of rows that start equally far from 16 bytes: an owner of shifted rows must have no others.
+    fn period(&self, kernel: &Kernel) -> usize {
+        match kernel.access {
+            Access::Shifted => {
+                let vector = vector(self.problem, kernel.access);
+                vector / gcd(vector, self.problem.cols)
+            }
+            Access::Wide | Access::Single => 1,
+        }
+    }
+
+    fn kernels(&self) -> impl Iterator<Item = &'static Kernel> {
+        let table = if self.tensors == 1 { FORWARD } else { BACKWARD };
+        let (access, size, mixed) = (
+            self.access,
+            self.size(),
+            self.problem.dtype != self.problem.param_dtype,
+        );
+        table
+            .iter()
+            .filter(move |k| access.allows(k.access))
+            .filter(move |k| k.sizes.contains(&size) && !(mixed && k.same_dtype))
+    }
+
+    /// Bytes of the ring of one warp.
+    fn warp_shared(&self, kernel: &Kernel) -> usize {
+        kernel.slots * self.tensors * WARP * vector(self.problem, kernel.access) * self.size()
+    }
+
+    /// Warps of a block of this kernel that compute, at most.
+    fn most_warps(&self, kernel: &Kernel) -> usize {
+        let by_registers = kernel.most_warps[usize::from(self.device.base >= 90)];
+        match self.warp_shared(kernel) {
+            0 => by_registers,
+            shared => by_registers
+                .min(self.device.shared_per_block.saturating_sub(STATIC_SHARED) / shared),
+        }
+    }
+
+    /// Warps that hold a row's part of one of `blocks` blocks, whose parts are whole chunks of 32 vectors.
+    fn warps_for(&self, kernel: &Kernel, blocks: usize) -> usize {
+        self.vectors(kernel)
+            .div_ceil(blocks)
+            .div_ceil(WARP)
+            .div_ceil(kernel.per_thread)
+            .max(1)
+    }
+
+    /// How the kernel holds the row, with as few blocks as do.
+    fn choose(&self, kernel: &Kernel) -> Option<Choice> {
+        let choice = |warps, blocks| {
+            Some(Choice {
+                entry: kernel.entry,
+                warps,
+                blocks,
+            })
+        };
+        let most = self.most_warps(kernel);
+        match kernel.regime {
+            Regime::Warp
+                if self.vectors(kernel) <= kernel.lanes * kernel.per_thread && most > 0 =>
+            {
+                choice(most, 1)
+            }
+            Regime::Warp => None,
+            Regime::Block => {
+                let warps = self.warps_for(kernel, 1);
+                let fits = warps <= most && self.owners(kernel, warps, 1, 1).is_some();
+                if fits { choice(warps, 1) } else { None }
+            }
+            Regime::Cluster => [2, 4, 8, 16]
+                .into_iter()
+                .filter(|&blocks| blocks <= self.device.max_cluster)
+                .map(|blocks| (self.warps_for(kernel, blocks), blocks))
+                .find(|&(warps, blocks)| {
+                    warps <= most && self.owners(kernel, warps, blocks, 1).is_some()
+                })
+                .and_then(|(warps, blocks)| choice(warps, blocks)),
+            Regime::Grid => {
+                if !self.device.cooperative || most == 0 {
+                    return None;
+                }
+                let least = self
+                    .vectors(kernel)
+                    .div_ceil(most * WARP * kernel.per_thread)
+                    .max(2);
+                let limit = self.device.multiprocessors.min(MAX_GROUP);
+                if least > limit {
+                    return None;
+                }
+                // A group more would not fit: let the groups there are share all multiprocessors, if many were idle.
+                let groups = self.owners(kernel, most, least, 1)?;
+                let blocks = if groups * least * 10 >= self.device.multiprocessors * 9 {
+                    least
+                } else {
+                    (self.device.multiprocessors / groups).min(limit)
+                };
+                choice(self.warps_for(kernel, blocks), blocks)
+            }
+            Regime::Split => choice(
+                SPLIT_THREADS / WARP,
+                // Three blocks a multiprocessor: 1 or 2 leave memory idle, more meet in L2.
+                (3 * self.device.multiprocessors).min(self.most_split_blocks(kernel)),
+            ),
+        }
+    }
+
+    /// The first kernel that holds the row.
+    fn default(&self) -> Result<(&'static Kernel, Choice)> {
+        match self.kernels().find_map(|k| Some((k, self.choose(k)?))) {
+            Some(found) => Ok(found),
+            None => bail!(
+                "{}: no kernel for {:?} on {:?}",
+                self.problem.op_name(),
+                self.problem,
+                self.device
+            ),
+        }
+    }
+
+    /// Every kernel that holds the row, as few ways as are worth a measurement.
+    fn candidates(&self) -> Vec<(&'static Kernel, Choice)> {
+        let mut found = Vec::new();
+        for kernel in self.kernels() {
+            let Some(choice) = self.choose(kernel) else {
+                continue;
+            };
+            found.push((kernel, choice));
+            let other: &[usize] = match kernel.regime {
+                Regime::Cluster => &[2, 4, 8, 16],
+                Regime::Grid => &[4, 8, 16, 33, 66, 132],
+                Regime::Split => &[
+                    self.device.multiprocessors,
+                    2 * self.device.multiprocessors,
+                    4 * self.device.multiprocessors,
+                ],
+                _ => &[],
+            };
+            for &blocks in other {
+                let warps = if kernel.regime == Regime::Split {
+                    choice.warps
+                } else {
+                    self.warps_for(kernel, blocks)
+                };
+                let other = Choice {
+                    warps,
+                    blocks,
+                    ..choice
+                };
+                if other != choice && self.check(kernel, &other).is_ok() {
+                    found.push((kernel, other));
+                }
+            }
+        }
+        found
+    }
+
+    /// The candidates as plain choices, the built-in one first.
+    fn choices(&self) -> Result<Vec<Choice>> {
+        check_cols(self.problem)?;
+        let (_, default) = self.default()?;
+        let others = self.candidates().into_iter().map(|(_, choice)| choice);
+        Ok([default]
+            .into_iter()
+            .chain(others.filter(|&choice| choice != default))
+            .collect())
+    }
+
+    /// Blocks across the columns in the split regime: each has vectors to read, and their number times the threads of a block
+    /// stays within the kernels' 32 bits.
+    fn most_split_blocks(&self, kernel: &Kernel) -> usize {
+        self.vectors(kernel)
+            .div_ceil(SPLIT_THREADS)
+            .min(16 * self.device.multiprocessors)
+    }
+
+    /// A choice that this problem on this device cannot take, and why.
+    fn check(&self, kernel: &Kernel, choice: &Choice) -> std::result::Result<(), String> {
+        let Choice { warps, blocks, .. } = *choice;
+        let most = self.most_warps(kernel);
+        let wrong = |what: &str, limit: usize, got: usize| {
+            Err(format!("expected {what} to {limit}, got {got}"))
+        };
+        match kernel.regime {
+            Regime::Warp if self.vectors(kernel) > kernel.lanes * kernel.per_thread => {
+                return wrong(
+                    "columns",
+                    kernel.lanes * kernel.per_thread * vector(self.problem, kernel.access),
+                    self.problem.cols,
+                );
+            }
+            Regime::Cluster
+                if !blocks.is_power_of_two() || blocks < 2 || blocks > self.device.max_cluster =>
+            {
+                return wrong(
+                    "a cluster of 2, 4, .. blocks",
+                    self.device.max_cluster,
+                    blocks,
+                );
+            }
+            Regime::Grid
+                if !self.device.cooperative
+                    || blocks < 2
+                    || blocks > self.device.multiprocessors.min(MAX_GROUP) =>
+            {
+                return wrong(
+                    "a group of 2 .. blocks",
+                    self.device.multiprocessors.min(MAX_GROUP),
+                    blocks,
+                );
+            }
+            Regime::Split if blocks == 0 || blocks > self.most_split_blocks(kernel) => {
+                return wrong("blocks", self.most_split_blocks(kernel), blocks);
+            }
+            Regime::Warp | Regime::Block if blocks != 1 => return wrong("blocks", 1, blocks),
+            _ => {}
+        }
+        if kernel.regime == Regime::Warp && (warps == 0 || warps > most) {
+            return wrong("warps", most, warps);
+        }
+        if !matches!(kernel.regime, Regime::Warp | Regime::Split)
+            && (warps > most || warps < self.warps_for(kernel, blocks))
+        {
+            return wrong("warps", most, warps);
+        }
+        if !matches!(kernel.regime, Regime::Warp | Regime::Split)
+            && self.owners(kernel, warps, blocks, 1).is_none()
+        {
+            return wrong(
+                "owners of rows of one shift, in multiples",
+                self.period(kernel),
+                0,
+            );
+        }
+        Ok(())
+    }
+
+    fn find(&self, choice: &Choice) -> Result<&'static Kernel> {
+        let op = self.problem.op_name();
+        let Some(kernel) = self.kernels().find(|k| k.entry == choice.entry) else {
+            bail!(
+                "{op}: tuning: no kernel `{}` for {} of {} columns",
+                choice.entry,
+                self.problem.dtype.as_str(),
+                self.problem.cols
+            )
+        };
+        match self.check(kernel, choice) {
+            Ok(()) => Ok(kernel),
+            Err(why) => bail!("{op}: tuning: `{}`: {why}", choice.entry),
+        }
+    }
+
+    fn forward(&self, kernel: &Kernel, choice: &Choice) -> Result<Forward> {
+        let (problem, Choice { warps, blocks, .. }) = (self.problem, *choice);
+        let launch =
+            |entry, grid, threads| Launch::new(problem, kernel.file, entry, grid, [threads, 1]);
+        let plan = |launches| Forward {
+            regime: kernel.regime,
+            blocks,
+            launches,
+        };
+        match kernel.regime {
+            Regime::Warp => {
+                let threads = warps * WARP;
+                Ok(plan(vec![launch(
+                    kernel.entry,
+                    [problem.rows.div_ceil(threads / kernel.lanes), 1],
+                    threads,
+                )?]))
+            }
+            Regime::Block if kernel.slots == 0 => Ok(plan(vec![launch(
+                kernel.entry,
+                [problem.rows, 1],
+                warps * WARP,
+            )?])),
+            Regime::Block | Regime::Cluster | Regime::Grid => {
+                Ok(plan(vec![self.ring(kernel, choice, 1)?.0]))
+            }
+            Regime::Split => {
+                let grid = [blocks, problem.rows.div_ceil(SPLIT_ROWS)];
+                Ok(plan(vec![
+                    launch(kernel.entry, grid, SPLIT_THREADS)?,
+                    launch(kernel.second, grid, SPLIT_THREADS)?,
+                ]))
+            }
+        }
+    }
+
+    /// Bytes of shared memory of a block.
+    fn shared(&self, kernel: &Kernel, warps: usize, teams: usize) -> usize {
+        let sums = match teams {
+            1 => 0,
+            teams => teams * self.problem.cols * acc_bytes(self.problem),
+        };
+        (teams * warps * self.warp_shared(kernel)).max(sums)
+    }
+
+    /// Owners of rows that are resident at once, teams not counted; none if those of shifted rows would have rows of several
+    /// shifts.
+    fn owners(&self, kernel: &Kernel, warps: usize, blocks: usize, teams: usize) -> Option<usize> {
+        let resident = match kernel.regime {
+            Regime::Grid => self.device.multiprocessors / blocks,
+            // Blocks of few warps share a multiprocessor.
+            _ => {
+                let shared = self.shared(kernel, warps, teams);
+                let by_registers = TEAM_WARPS / (teams * warps).min(TEAM_WARPS);
+                let by_shared = self.device.shared_per_multiprocessor
+                    / (shared + STATIC_SHARED + RESERVED_SHARED);
+                by_registers.min(by_shared).max(1) * clusters(self.device, blocks)
+            }
+        };
+        let rows = self.problem.rows.div_ceil(teams);
+        if resident >= rows {
+            return Some(rows);
+        }
+        let step = self.period(kernel) / gcd(self.period(kernel), teams);
+        match resident / step * step {
+            0 => None,
+            owners => Some(owners),
+        }
+    }
+
+    /// A persistent launch, and how many owners of rows it has, teams not counted.
+    fn ring(&self, kernel: &Kernel, choice: &Choice, teams: usize) -> Result<(Launch, usize)> {
+        let Choice { warps, blocks, .. } = *choice;
+        let shared = self.shared(kernel, warps, teams);
+        let Some(owners) = self.owners(kernel, warps, blocks, teams) else {
+            bail!(
+                "{}: no owners for {choice:?} of {:?}",
+                self.problem.op_name(),
+                self.problem
+            )
+        };
+        let threads = teams * (warps + kernel.communicating) * WARP;
+        let launch = Launch::new(
+            self.problem,
+            kernel.file,
+            kernel.entry,
+            [owners * blocks, 1],
+            [threads, 1],
+        )?;
+        let launch = Launch {
+            cluster: if kernel.regime == Regime::Cluster {
+                blocks as u32
+            } else {
+                1
+            },
+            cooperative: kernel.regime == Regime::Grid,
+            shared: shared as u32,
+            ..launch
+        };
+        Ok((launch, owners))
+    }
+
+    /// Teams of a block, each of which owns a row: as many as its threads and its shared memory hold.
+    fn teams(&self, kernel: &Kernel, warps: usize) -> usize {
+        // Warps of the kernels' largest block.
+        let threads = match (kernel.access, self.size()) {
+            (Access::Shifted, 4) => 16,
+            (Access::Shifted, _) => 12,
+            (_, 8) => 13,
+            _ => 20,
+        };
+        let each =
+            (warps * self.warp_shared(kernel)).max(self.problem.cols * acc_bytes(self.problem));
+        let by_shared = self.device.shared_per_block.saturating_sub(STATIC_SHARED) / each.max(1);
+        (kernel.most_warps[0] / warps)
+            .min(threads / (warps + kernel.communicating))
+            .min(by_shared)
+            .clamp(1, MAX_TEAMS)
+    }
+
+    fn backward(&self, kernel: &Kernel, choice: &Choice) -> Result<Backward> {
+        let (problem, Choice { warps, blocks, .. }) = (self.problem, *choice);
+        let mut teams = 1;
+        let (parts, launches) = match kernel.regime {
+            Regime::Warp => {
+                let threads = warps * WARP;
+                let sums = warps * problem.cols * acc_bytes(problem);
+                let shared = (warps * self.warp_shared(kernel)).max(sums);
+                let resident = kernel
+                    .resident
+                    .min(self.device.shared_per_multiprocessor / (shared + RESERVED_SHARED))
+                    .max(1);
+                let parts = problem
+                    .rows
+                    .div_ceil(threads / kernel.lanes)
+                    .min(self.device.multiprocessors * resident);
+                let launch =
+                    Launch::new(problem, kernel.file, kernel.entry, [parts, 1], [threads, 1])?;
+                (
+                    parts,
+                    vec![Launch {
+                        shared: shared as u32,
+                        ..launch
+                    }],
+                )
+            }
+            Regime::Block | Regime::Cluster | Regime::Grid => {
+                if kernel.regime == Regime::Block {
+                    teams = self.teams(kernel, warps);
+                }
+                let (launch, owners) = self.ring(kernel, choice, teams)?;
+                (owners, vec![launch])
+            }
+            Regime::Split => {
+                let parts = problem.rows.div_ceil(SPLIT_ROWS);
+                let launch = |entry| {
+                    Launch::new(
+                        problem,
+                        kernel.file,
+                        entry,
+                        [blocks, parts],
+                        [SPLIT_THREADS, 1],
+                    )
+                };
+                (parts, vec![launch(kernel.entry)?, launch(kernel.second)?])
+            }
+        };
+        let finalize = finalize(problem, self.device, parts, kernel.regime != Regime::Split)?;
+        Ok(Backward {
+            regime: kernel.regime,
+            blocks,
+            teams,
+            parts,
+            launches,
+            finalize,
+        })
+    }
+}
+
+/// `follows`: whether the launch before it is the one whose parts it adds.
+fn finalize(
+    problem: &Problem,
+    device: &DeviceFacts,
+    parts: usize,
+    follows: bool,
+) -> Result<Launch> {
+    let wide = 16 / acc_bytes(problem);
+    let (entry, columns) = if problem.cols.is_multiple_of(wide) {
+        ("finalize_wide", 32 * wide)
+    } else {
+        ("finalize_single", 32)
     };
-    let tiles = vectors.div_ceil(threads * per_thread);
-    // Two waves of blocks at least, as far as there are rows.
-    let shares = (2 * device.multiprocessors)
-        .div_ceil(tiles)
-        .max(problem.rows.div_ceil(MAX_SHARE))
-        .min(problem.rows);
-    Ok(Backward {
-        regime: Regime::Split,
-        lanes: 0,
-        tiles,
-        parts: shares,
-        launches: vec![
-            Launch::new(
-                problem,
-                "split",
-                sums,
-                [tiles * problem.rows, 1],
-                [threads, 1],
-            )?,
-            Launch::new(problem, "split", gradients, [tiles, shares], [threads, 1])?,
-        ],
-        finalize: finalize(problem)?,
+    let launch = Launch::new(
+        problem,
+        "finalize",
+        entry,
+        [problem.cols.div_ceil(columns), 2],
+        [WARP, parts.min(16)],
+    )?;
+    Ok(Launch {
+        early: follows && device.base >= 90,
+        ..launch
     })
+}
+
+/// Pairs of sums through which the blocks of each row meet.
+pub fn meetings(problem: &Problem, regime: Regime, blocks: usize) -> usize {
+    match regime {
+        Regime::Grid => problem.rows * (blocks + TOLD),
+        _ => 0,
+    }
+}
+
+/// Plans a forward pass over a problem that is not empty.
+pub fn forward(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+    choice: Option<&Choice>,
+) -> Result<Forward> {
+    check_cols(problem)?;
+    let planner = Planner::forward_of(problem, access, device);
+    match choice {
+        Some(choice) => planner.forward(planner.find(choice)?, choice),
+        None => planner
+            .default()
+            .and_then(|(kernel, choice)| planner.forward(kernel, &choice)),
+    }
+}
+
+/// Plans a backward pass over a problem that is not empty.
+pub fn backward(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+    choice: Option<&Choice>,
+) -> Result<Backward> {
+    check_cols(problem)?;
+    let planner = Planner::backward_of(problem, access, device);
+    match choice {
+        Some(choice) => planner.backward(planner.find(choice)?, choice),
+        None => planner
+            .default()
+            .and_then(|(kernel, choice)| planner.backward(kernel, &choice)),
+    }
+}
+
+/// Choices worth a measurement, of which the first is that of the plan without a choice.
+pub fn forward_candidates(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+) -> Result<Vec<Choice>> {
+    Planner::forward_of(problem, access, device).choices()
+}
+
+/// As [`forward_candidates`], for a backward pass.
+pub fn backward_candidates(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+) -> Result<Vec<Choice>> {
+    Planner::backward_of(problem, access, device).choices()
+}
+
+/// The table's own name of a forward kernel.
+pub fn forward_entry(name: &str) -> Option<&'static str> {
+    entry(FORWARD, name)
+}
+
+/// The table's own name of a backward kernel.
+pub fn backward_entry(name: &str) -> Option<&'static str> {
+    entry(BACKWARD, name)
+}
+
+fn entry(table: &[Kernel], name: &str) -> Option<&'static str> {
+    table.iter().map(|k| k.entry).find(|&entry| entry == name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::DType;
 
     const H200: DeviceFacts = DeviceFacts {
         multiprocessors: 132,
         shared_per_block: 227 * 1024,
         shared_per_multiprocessor: 228 * 1024,
+        max_cluster: 16,
+        cooperative: true,
         base: 90,
     };
     const A100: DeviceFacts = DeviceFacts {
         multiprocessors: 108,
         shared_per_block: 163 * 1024,
         shared_per_multiprocessor: 164 * 1024,
+        max_cluster: 1,
+        cooperative: true,
         base: 80,
     };
     const RTX_4090: DeviceFacts = DeviceFacts {
         multiprocessors: 128,
         shared_per_block: 99 * 1024,
         shared_per_multiprocessor: 100 * 1024,
+        max_cluster: 1,
+        cooperative: true,
         base: 80,
     };
+    const RTX_5090: DeviceFacts = DeviceFacts {
+        multiprocessors: 170,
+        max_cluster: 8,
+        base: 90,
+        ..RTX_4090
+    };
+    const DEVICES: [DeviceFacts; 4] = [H200, A100, RTX_4090, RTX_5090];
 
     fn problem(rows: usize, cols: usize, dtype: DType) -> Problem {
         Problem {
@@ -569,86 +1347,205 @@ mod tests {
         }
     }
 
-    /// Vectors a thread of this entry holds, by the kernels' own constants.
-    fn per_thread(entry: &str, size: usize) -> usize {
-        let full = match entry {
-            e if e.contains("single") => {
-                if size == 8 {
-                    8
-                } else {
-                    16
+    fn planner<'a>(
+        problem: &'a Problem,
+        access: Access,
+        device: &'a DeviceFacts,
+        tensors: usize,
+    ) -> Planner<'a> {
+        Planner {
+            problem,
+            access,
+            device,
+            tensors,
+        }
+    }
+
+    /// As a call may find its tensors.
+    fn accesses(p: &Problem) -> [Access; 3] {
+        [
+            Access::of(p, true, true),
+            Access::of(p, true, false),
+            Access::of(p, false, true),
+        ]
+    }
+
+    /// The numbers in the tables are those with which the kernels are instantiated.
+    #[test]
+    fn tables_mirror_the_kernels() {
+        let sources = [
+            ("forward", include_str!("../kernels/forward.cu")),
+            ("forward_ring", include_str!("../kernels/forward_ring.cu")),
+            ("backward", include_str!("../kernels/backward.cu")),
+            ("backward_ring", include_str!("../kernels/backward_ring.cu")),
+            ("split", include_str!("../kernels/split.cu")),
+        ];
+        for kernel in FORWARD.iter().chain(BACKWARD) {
+            let Kernel {
+                lanes,
+                per_thread,
+                slots,
+                communicating,
+                resident,
+                most_warps,
+                ..
+            } = *kernel;
+            let (name, vec) = match kernel.access {
+                Access::Single => ("single", "1"),
+                Access::Wide | Access::Shifted => ("wide", "kWide"),
+            };
+            let owner = match kernel.regime {
+                Regime::Block => "block",
+                Regime::Cluster => "cluster",
+                _ => "grid",
+            };
+            let kind = format!(
+                "Owner::{}{}, {communicating}, ",
+                owner[..1].to_uppercase(),
+                &owner[1..]
+            );
+            let (alone, together) = (most_warps[0] * WARP, most_warps[1] * WARP);
+            let expected = match (kernel.file, kernel.regime) {
+                ("forward" | "forward_single", Regime::Warp) => {
+                    vec![format!(
+                        "FORWARD_WARP({name}, {vec}, {lanes}, {per_thread}, "
+                    )]
                 }
-            }
-            "forward_cluster_wide" => 4,
-            e if e.starts_with("forward")
-                || e.starts_with("split_mom")
-                || e.starts_with("split_norm") =>
-            {
-                if size == 4 {
-                    8
-                } else {
-                    4
+                ("forward" | "forward_single", _) => vec![
+                    format!("FORWARD_BLOCK({name}, {vec}, {per_thread}, {together}, "),
+                    format!("FORWARD_BLOCK_MOST({name}, {vec}, {per_thread}, {alone}, {together})"),
+                ],
+                ("forward_ring", _) if kernel.same_dtype => {
+                    vec![format!("FORWARD_RING(giant_wide, {per_thread}, {slots}, ")]
                 }
-            }
-            e if e.starts_with("backward_warp") => {
-                if size == 4 {
-                    8
-                } else {
-                    4
+                ("forward_ring" | "forward_shifted", _) => {
+                    vec![format!("RING({owner}, {per_thread}, {slots}, ")]
                 }
-            }
-            _ => {
-                if size == 2 {
-                    2
-                } else {
-                    4
+                ("backward" | "backward_single", _) => vec![format!(
+                    "BACKWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {resident})"
+                )],
+                ("backward_ring" | "backward_shifted", _) => {
+                    let rows = slots / per_thread;
+                    vec![format!("RING({owner}, {per_thread}, {rows}, ")]
                 }
-            }
-        };
-        let fraction = ["full", "half", "quarter", "eighth"]
-            .iter()
-            .position(|f| entry.ends_with(f))
-            .unwrap_or(0);
-        full >> fraction
+                _ => vec![format!("SPLIT({name}, {vec})")],
+            };
+            let stem = kernel
+                .file
+                .replace("_single", "")
+                .replace("_shifted", "_ring");
+            let (_, source) = sources.iter().find(|(file, _)| *file == stem).unwrap();
+            let found = source.lines().any(|line| {
+                expected.iter().any(|e| line.contains(e))
+                    && (communicating == 0 || line.contains(&kind))
+            });
+            assert!(
+                found,
+                "{kernel:?} is not in the source as {expected:?}, {kind}"
+            );
+        }
     }
 
     /// What must hold for a launch, whatever the plan.
     fn check(
         launch: &Launch,
+        kernel: &Kernel,
         p: &Problem,
-        regime: Regime,
-        aligned: bool,
-        lanes: u32,
-        tiles: usize,
+        plan_blocks: usize,
+        teams: usize,
         device: &DeviceFacts,
     ) {
-        let size = p.dtype.size_in_bytes();
-        let vector = if aligned { 16 / size } else { 1 };
         let threads = launch.block[0] * launch.block[1];
         assert!(threads.is_multiple_of(32) && threads <= 1024, "{launch:?}");
         assert!(
-            launch.shared as usize <= device.shared_per_block,
+            launch.shared as usize + 1024 <= device.shared_per_block,
             "{launch:?}"
         );
         assert!(launch.grid[0] >= 1 && launch.grid[1] >= 1, "{launch:?}");
-        assert!(launch.cluster == 1 || device.base >= 90, "{launch:?}");
+        assert!(launch.cluster as usize <= device.max_cluster, "{launch:?}");
         assert_eq!(launch.grid[0] % launch.cluster, 0, "{launch:?}");
-        if launch.file == "finalize" {
-            return;
+        if launch.cooperative {
+            assert!(
+                launch.grid[0] as usize <= device.multiprocessors,
+                "{launch:?}"
+            );
+            assert_eq!(launch.grid[0] as usize % plan_blocks, 0, "{launch:?}");
+            assert!(plan_blocks <= MAX_GROUP, "{launch:?}");
         }
-        assert_eq!(launch.entry.contains("wide"), aligned, "{launch:?}");
-        let owners = match regime {
-            Regime::Warp => lanes,
-            Regime::Block => launch.block[0],
-            Regime::Cluster => launch.block[0] * launch.cluster,
-            Regime::Split => launch.block[0] * tiles as u32,
+        let vector = vector(p, kernel.access);
+        if kernel.access == Access::Shifted {
+            let owners = launch.grid[0] as usize / plan_blocks.max(launch.cluster as usize) * teams;
+            assert!(
+                owners >= p.rows || (owners * p.cols).is_multiple_of(vector),
+                "{launch:?}"
+            );
+        }
+        let warps = threads as usize / WARP / teams - kernel.communicating;
+        let blocks = match kernel.regime {
+            Regime::Cluster => launch.cluster as usize,
+            Regime::Grid => plan_blocks,
+            _ => 1,
         };
-        let held = owners as usize * per_thread(launch.entry, size) * vector;
+        let held = match kernel.regime {
+            Regime::Warp => kernel.lanes * kernel.per_thread,
+            Regime::Split => return,
+            // As ring.cuh shares a row out: whole chunks of 32 vectors a block.
+            _ => {
+                let spanned = match kernel.access {
+                    Access::Shifted => (p.cols + vector - 1).div_ceil(vector),
+                    _ => p.cols / vector,
+                };
+                let share = spanned.div_ceil(blocks * WARP) * WARP;
+                assert!(
+                    share <= warps * WARP * kernel.per_thread,
+                    "{launch:?} does not hold {share} vectors of {}",
+                    p.cols
+                );
+                blocks * warps * WARP * kernel.per_thread
+            }
+        };
         assert!(
-            held >= p.cols,
-            "{launch:?} holds {held} of {} columns",
+            held * vector >= p.cols,
+            "{launch:?} holds {} of {} columns",
+            held * vector,
             p.cols
         );
+    }
+
+    fn check_forward(
+        p: &Problem,
+        access: Access,
+        device: &DeviceFacts,
+        kernel: &Kernel,
+        choice: &Choice,
+    ) {
+        let plan = planner(p, access, device, 1)
+            .forward(kernel, choice)
+            .unwrap();
+        assert_eq!(
+            plan.launches.len(),
+            if plan.regime == Regime::Split { 2 } else { 1 }
+        );
+        for launch in &plan.launches {
+            check(launch, kernel, p, plan.blocks, 1, device);
+        }
+    }
+
+    fn check_backward(
+        p: &Problem,
+        access: Access,
+        device: &DeviceFacts,
+        kernel: &Kernel,
+        choice: &Choice,
+    ) {
+        let plan = planner(p, access, device, 2)
+            .backward(kernel, choice)
+            .unwrap();
+        assert!(plan.parts >= 1 && plan.parts <= p.rows, "{plan:?}");
+        for launch in &plan.launches {
+            check(launch, kernel, p, plan.blocks, plan.teams, device);
+        }
+        assert_eq!(plan.finalize.block, [32, plan.parts.min(16) as u32]);
     }
 
     #[test]
@@ -658,25 +1555,18 @@ mod tests {
             1, 2, 3, 5, 7, 769, 1000, 4001, 5120, 12288, 50257, 100003, 1000003, 4194304,
         ];
         widths.extend((3..22).flat_map(|log| around(1 << log)));
-        for device in [H200, A100, RTX_4090] {
+        for device in DEVICES {
             for dtype in [DType::F32, DType::BF16, DType::F64] {
                 for &cols in &widths {
                     for rows in [1, 2, 31, 132, 4097, 70001] {
                         let p = problem(rows, cols, dtype);
-                        for aligned in [false, rows_align(&p)] {
-                            let f = forward(&p, aligned, &device).unwrap();
-                            assert_eq!(
-                                f.launches.len(),
-                                if f.regime == Regime::Split { 2 } else { 1 }
-                            );
-                            for launch in &f.launches {
-                                check(launch, &p, f.regime, aligned, f.lanes, f.tiles, &device);
-                            }
-                            let b = backward(&p, aligned, &device).unwrap();
-                            assert!(b.parts >= 1 && b.parts <= rows, "{b:?}");
-                            for launch in b.launches.iter().chain([&b.finalize]) {
-                                check(launch, &p, b.regime, aligned, b.lanes, b.tiles, &device);
-                            }
+                        for access in accesses(&p) {
+                            let forward = planner(&p, access, &device, 1);
+                            let (kernel, choice) = forward.default().unwrap();
+                            check_forward(&p, access, &device, kernel, &choice);
+                            let backward = planner(&p, access, &device, 2);
+                            let (kernel, choice) = backward.default().unwrap();
+                            check_backward(&p, access, &device, kernel, &choice);
                         }
                     }
                 }
@@ -685,30 +1575,67 @@ mod tests {
     }
 
     #[test]
+    fn every_candidate_covers_its_rows() {
+        for device in DEVICES {
+            for (rows, cols) in [
+                (512, 768),
+                (8192, 8192),
+                (2048, 32768),
+                (512, 131072),
+                (16, 4194304),
+                (64, 50257),
+            ] {
+                for dtype in [DType::F32, DType::BF16] {
+                    let p = problem(rows, cols, dtype);
+                    let access = Access::of(&p, true, true);
+                    let forward = planner(&p, access, &device, 1).candidates();
+                    let backward = planner(&p, access, &device, 2).candidates();
+                    assert!(!forward.is_empty() && !backward.is_empty());
+                    forward
+                        .iter()
+                        .for_each(|(k, c)| check_forward(&p, access, &device, k, c));
+                    backward
+                        .iter()
+                        .for_each(|(k, c)| check_backward(&p, access, &device, k, c));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn regimes_change_where_documented() {
-        use Regime::{Block, Cluster, Split, Warp};
+        use Regime::{Block, Cluster, Grid, Split, Warp};
         let of = |dtype, cols, device: &DeviceFacts| {
             let p = problem(1024, cols, dtype);
             (
-                forward(&p, true, device).unwrap().regime,
-                backward(&p, true, device).unwrap().regime,
+                forward(&p, Access::Wide, device, None).unwrap().regime,
+                backward(&p, Access::Wide, device, None).unwrap().regime,
             )
         };
         for (dtype, cols, expected) in [
-            (DType::F32, 1024, (Warp, Warp)),
+            (DType::F32, 256, (Warp, Warp)),
+            (DType::F32, 260, (Block, Warp)),
+            (DType::F32, 1024, (Block, Warp)),
             (DType::F32, 1028, (Block, Block)),
             (DType::F32, 4096, (Block, Block)),
             (DType::F32, 4100, (Block, Cluster)),
             (DType::F32, 16384, (Block, Cluster)),
             (DType::F32, 16388, (Cluster, Cluster)),
             (DType::F32, 65536, (Cluster, Cluster)),
-            (DType::F32, 65540, (Split, Split)),
+            (DType::F32, 65540, (Cluster, Grid)),
+            (DType::F32, 131072, (Cluster, Grid)),
+            (DType::F32, 131076, (Grid, Grid)),
+            (DType::F32, 1048576, (Grid, Grid)),
+            (DType::F32, 4194304, (Split, Split)),
             (DType::BF16, 1024, (Warp, Warp)),
             (DType::BF16, 1032, (Block, Block)),
+            (DType::BF16, 8192, (Block, Block)),
             (DType::BF16, 8200, (Block, Cluster)),
-            (DType::BF16, 16392, (Cluster, Cluster)),
-            (DType::BF16, 65544, (Cluster, Split)),
-            (DType::BF16, 131080, (Split, Split)),
+            (DType::BF16, 14336, (Block, Cluster)),
+            (DType::BF16, 14344, (Cluster, Cluster)),
+            (DType::BF16, 131080, (Cluster, Grid)),
+            (DType::BF16, 262152, (Grid, Grid)),
+            (DType::BF16, 4194304, (Grid, Split)),
             (DType::F64, 256, (Warp, Warp)),
             (DType::F64, 258, (Block, Block)),
             (DType::F64, 3074, (Block, Cluster)),
@@ -716,34 +1643,109 @@ mod tests {
         ] {
             assert_eq!(of(dtype, cols, &H200), expected, "{dtype:?} {cols}");
         }
-        // No clusters before compute capability 9.0.
-        assert_eq!(of(DType::F32, 32768, &A100), (Block, Split));
-        assert_eq!(of(DType::F32, 32772, &RTX_4090), (Split, Split));
+        // No clusters before compute capability 9.0: blocks meet in global memory.
+        assert_eq!(of(DType::F32, 32768, &A100), (Block, Grid));
+        assert_eq!(of(DType::F32, 32772, &RTX_4090), (Grid, Grid));
+        // The row that the crate started from: 16 of 4194304, on a 4090.
+        assert_eq!(of(DType::F32, 4194304, &RTX_4090), (Split, Split));
+        // Neither may wait for each other's blocks where these may not all be resident.
+        let alone = DeviceFacts {
+            cooperative: false,
+            ..A100
+        };
+        assert_eq!(of(DType::F32, 65536, &alone), (Split, Split));
     }
 
     #[test]
     fn unaligned_rows_take_single_elements() {
         let p = problem(64, 50257, DType::F16);
-        assert!(!rows_align(&p));
-        let plan = forward(&p, false, &H200).unwrap();
-        assert_eq!(plan.launches[0].entry, "forward_cluster_single");
+        let entry = |access| forward(&p, access, &H200, None).unwrap().launches[0].entry;
+        assert_eq!(Access::of(&p, true, true), Access::Shifted);
+        assert_eq!(entry(Access::Shifted), "forward_cluster_shifted");
+        // Nor does the tensor: no rows are a whole number of vectors apart.
+        assert_eq!(Access::of(&p, false, true), Access::Single);
+        assert_eq!(entry(Access::Single), "split_moments_single");
     }
 
     #[test]
-    fn few_giant_rows_have_one_part() {
-        let p = problem(16, 4194304, DType::F32);
-        let plan = backward(&p, true, &H200).unwrap();
+    fn a_group_that_leaves_many_multiprocessors_idle_grows() {
+        // 70 blocks would hold the row, and leave 62 of 132 idle.
+        let p = problem(64, 70 * 8192, DType::F32);
+        let plan = forward(&p, Access::Wide, &H200, None).unwrap();
+        assert_eq!((plan.regime, plan.blocks), (Regime::Grid, 132));
+        // 2 groups of 64 use 128.
+        let p = problem(64, 64 * 8192, DType::F32);
+        let plan = forward(&p, Access::Wide, &H200, None).unwrap();
+        assert_eq!((plan.blocks, plan.launches[0].grid[0]), (64, 128));
+    }
+
+    #[test]
+    fn candidates_begin_with_the_built_in_plan() {
+        for (rows, cols) in [(512, 768), (16, 4194304), (64, 50257)] {
+            let p = problem(rows, cols, DType::F32);
+            let access = Access::of(&p, true, true);
+            let forward_choices = forward_candidates(&p, access, &H200).unwrap();
+            assert_eq!(
+                forward(&p, access, &H200, forward_choices.first()).unwrap(),
+                forward(&p, access, &H200, None).unwrap()
+            );
+            let backward_choices = backward_candidates(&p, access, &H200).unwrap();
+            assert_eq!(
+                backward(&p, access, &H200, backward_choices.first()).unwrap(),
+                backward(&p, access, &H200, None).unwrap()
+            );
+            for choices in [forward_choices, backward_choices] {
+                let repeated = |i: usize| choices[i + 1..].contains(&choices[i]);
+                assert!(!(0..choices.len()).any(repeated), "{choices:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_that_cannot_hold_the_row_is_refused() {
+        let p = problem(64, 8192, DType::F32);
+        let refused = |entry, warps, blocks| {
+            forward(
+                &p,
+                Access::Wide,
+                &H200,
+                Some(&Choice {
+                    entry,
+                    warps,
+                    blocks,
+                }),
+            )
+            .unwrap_err()
+            .to_string()
+            .lines()
+            .next()
+            .map(str::to_owned)
+            .unwrap()
+        };
         assert_eq!(
-            (plan.regime, plan.parts, plan.tiles),
-            (Regime::Split, 1, 683)
+            refused("forward_block_wide_x4", 8, 1),
+            "layer-norm: tuning: `forward_block_wide_x4`: expected warps to 16, got 8"
         );
-        assert_eq!(plan.launches[1].grid, [683, 1]);
+        assert_eq!(
+            refused("forward_cluster_wide", 16, 3),
+            "layer-norm: tuning: `forward_cluster_wide`: expected a cluster of 2, 4, .. blocks to 16, got 3"
+        );
+        assert_eq!(
+            refused("forward_block_single_x16", 16, 1),
+            "layer-norm: tuning: no kernel `forward_block_single_x16` for f32 of 8192 columns"
+        );
+        assert_eq!(
+            refused("split_moments_wide", 8, 1 << 24),
+            "layer-norm: tuning: `split_moments_wide`: expected blocks to 8, got 16777216"
+        );
     }
 
     #[test]
     fn columns_beyond_32_bits_are_refused() {
         let p = problem(1, 1 << 31, DType::BF16);
-        let error = forward(&p, true, &H200).unwrap_err().to_string();
+        let error = forward(&p, Access::Wide, &H200, None)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.starts_with(
                 "layer-norm: xs: expected rows of at most 2^31 - 1 columns on CUDA, got 2147483648"

@@ -5,8 +5,42 @@ use crate::plan::Launch;
 use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
+use cudarc::driver::{CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
 use std::ffi::c_void;
+
+/// Blocks of a cluster that every device with clusters takes.
+const PORTABLE_CLUSTER: u32 = 8;
+
+/// What the driver is told of a launch beyond its grid.
+fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
+    use sys::CUlaunchAttributeID as A;
+    let attribute = |id| sys::CUlaunchAttribute {
+        id,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { pad: [0; 64] },
+    };
+    let mut attributes = Vec::new();
+    if launch.cluster > 1 {
+        let mut a = attribute(A::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
+        a.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+            x: launch.cluster,
+            y: 1,
+            z: 1,
+        };
+        attributes.push(a);
+    }
+    if launch.cooperative {
+        let mut a = attribute(A::CU_LAUNCH_ATTRIBUTE_COOPERATIVE);
+        a.value.cooperative = 1;
+        attributes.push(a);
+    }
+    if launch.early {
+        let mut a = attribute(A::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+        a.value.programmaticStreamSerializationAllowed = 1;
+        attributes.push(a);
+    }
+    attributes
+}
 
 /// A kernel's arguments, in its order: outputs, inputs, scalars.
 ///
@@ -34,9 +68,9 @@ impl<'a> Arguments<'a> {
     }
 
     /// A buffer the kernel writes, or null.
-    pub fn output<T>(&mut self, slice: Option<&'a mut CudaSlice<T>>) {
+    pub fn output<T>(&mut self, slice: Option<&'a mut impl DevicePtrMut<T>>) {
         let mut pointer = 0;
-        if let Some(slice) = slice.filter(|s| !s.is_empty()) {
+        if let Some(slice) = slice.filter(|s| s.len() > 0) {
             let (p, guard) = slice.device_ptr_mut(self.stream);
             pointer = p;
             self.guards.push(guard);
@@ -88,30 +122,24 @@ impl<'a> Arguments<'a> {
         let op = problem.op_name();
         let dtypes = (problem.dtype, problem.param_dtype);
         let function = ptx::function(op, device, base, launch.file, dtypes, launch.entry)?;
+        use sys::CUfunction_attribute as F;
         // Without asking, a block has 48 KiB, of which its static shared memory takes a part.
         if launch.shared > 0 {
+            let attribute = F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
-                .set_attribute(
-                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    launch.shared as i32,
-                )
+                .set_attribute(attribute, launch.shared as i32)
                 .w()?;
+        }
+        if launch.cluster > PORTABLE_CLUSTER {
+            let attribute = F::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+            function.set_attribute(attribute, 1).w()?;
         }
         let mut parameters: Vec<*mut c_void> = self
             .cells
             .iter_mut()
             .map(|c| c.as_mut_ptr().cast())
             .collect();
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
-        };
-        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-            x: launch.cluster,
-            y: 1,
-            z: 1,
-        };
+        let mut attributes = attributes(launch);
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -121,11 +149,11 @@ impl<'a> Arguments<'a> {
             blockDimZ: 1,
             sharedMemBytes: launch.shared,
             hStream: self.stream.cu_stream(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(launch.cluster > 1),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         self.stream.context().bind_to_thread().w()?;
-        // SAFETY: `config`, `attribute` and `parameters` outlive the call, which copies them; the caller vouches for
+        // SAFETY: `config`, `attributes` and `parameters` outlive the call, which copies them; the caller vouches for
         // what the parameters mean.
         unsafe {
             sys::cuLaunchKernelEx(

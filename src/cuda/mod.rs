@@ -6,17 +6,22 @@
 mod launch;
 mod ptx;
 
-use crate::op::{BackwardArgs, Forward, Gradients};
-use crate::plan::{self, DeviceFacts};
-use crate::problem::{Problem, Wanted};
+use crate::bench::Candidates;
+use crate::op::{self, BackwardArgs, Forward, Gradients};
+use crate::plan::{self, Access, DeviceFacts, Regime};
+use crate::problem::{Problem, Wanted, dispatch};
+use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
-use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys};
+use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor, bail};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
+};
 use half::{bf16, f16};
 use launch::Arguments;
-use std::ops::Deref;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::sync::{Arc, Mutex, PoisonError};
 
-type Operand<'a> = (&'a CudaStorage, &'a Layout);
+type Operand<'a> = op::Operand<'a, CudaStorage>;
 
 /// A type that tensors hold on the device.
 trait Element: CudaDType + DeviceRepr + ValidAsZeroBits {
@@ -56,29 +61,6 @@ impl Element for bf16 {
     type Acc = f32;
 }
 
-/// Runs `$body` with `$t` and `$p` bound to the Rust types of xs and of weight and bias.
-macro_rules! dispatch {
-    ($problem:expr, $t:ident, $p:ident => $body:expr) => {
-        match ($problem.dtype, $problem.param_dtype) {
-            (DType::F32, DType::F32) => dispatch!(@ $t = f32, $p = f32, $body),
-            (DType::F64, DType::F64) => dispatch!(@ $t = f64, $p = f64, $body),
-            (DType::F16, DType::F16) => dispatch!(@ $t = f16, $p = f16, $body),
-            (DType::F16, DType::F32) => dispatch!(@ $t = f16, $p = f32, $body),
-            (DType::BF16, DType::BF16) => dispatch!(@ $t = bf16, $p = bf16, $body),
-            (DType::BF16, DType::F32) => dispatch!(@ $t = bf16, $p = f32, $body),
-            (x, p) => bail!(
-                "{}: xs: no CUDA kernel for dtype {} with weight of {}",
-                $problem.op_name(), x.as_str(), p.as_str()
-            ),
-        }
-    };
-    (@ $t:ident = $tt:ty, $p:ident = $pt:ty, $body:expr) => {{
-        type $t = $tt;
-        type $p = $pt;
-        $body
-    }};
-}
-
 pub(crate) fn forward(
     problem: &Problem,
     x: Operand<'_>,
@@ -86,15 +68,15 @@ pub(crate) fn forward(
     bias: Option<Operand<'_>>,
     keep: bool,
 ) -> Result<Forward<CudaStorage>> {
-    dispatch!(problem, T, P => forward_typed::<T, P>(problem, x, weight, bias, keep))
+    dispatch!("CUDA", problem, T, P => forward_typed::<T, P>(problem, x, weight, bias, keep))
 }
 
 pub(crate) fn backward(
     problem: &Problem,
-    args: &BackwardArgs<'_>,
+    args: &BackwardArgs<Operand<'_>>,
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
-    dispatch!(problem, T, P => backward_typed::<T, P>(problem, args, wanted))
+    dispatch!("CUDA", problem, T, P => backward_typed::<T, P>(problem, args, wanted))
 }
 
 /// The elements of a dense operand.
@@ -113,24 +95,28 @@ fn view<'a, T: Element>(
     }
 }
 
-/// The storage of a tensor that is locked for reading.
-fn operand<'a>(
-    problem: &Problem,
-    (storage, layout): &'a (impl Deref<Target = Storage>, &'a Layout),
-) -> Result<Operand<'a>> {
-    match &**storage {
-        Storage::Cuda(storage) => Ok((storage, layout)),
-        _ => bail!(
-            "{}: backward: expected all tensors on the CUDA device of xs, got one elsewhere",
-            problem.op_name()
-        ),
+/// A device's name and facts, for which the driver is asked once.
+fn gpu(op: &'static str, device: &CudaDevice) -> Result<Arc<Gpu>> {
+    /// By ordinal.
+    static GPUS: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    // No panic leaves an entry half written.
+    let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+    match gpus.entry(context.ordinal()) {
+        Entry::Occupied(entry) => Ok(entry.get().clone()),
+        Entry::Vacant(entry) => {
+            let gpu = Gpu {
+                name: context.name().w()?,
+                facts: ask_for_facts(op, context)?,
+            };
+            Ok(entry.insert(Arc::new(gpu)).clone())
+        }
     }
 }
 
-fn facts(problem: &Problem, device: &CudaDevice) -> Result<DeviceFacts> {
+fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts> {
     use sys::CUdevice_attribute as A;
-    let stream = device.cuda_stream();
-    let context = stream.context();
     let get = |attribute| context.attribute(attribute).w();
     let capability = (
         get(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -141,24 +127,95 @@ fn facts(problem: &Problem, device: &CudaDevice) -> Result<DeviceFacts> {
         shared_per_block: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         shared_per_multiprocessor: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
             as usize,
-        base: ptx::base(problem.op_name(), capability)?,
+        max_cluster: match (ptx::base(op, capability)?, capability.0) {
+            (..90, _) => 1,
+            // Of 16 blocks: data-center parts only.
+            (_, 9 | 10) => 16,
+            _ => 8,
+        },
+        cooperative: get(A::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? != 0,
+        base: ptx::base(op, capability)?,
     })
 }
 
-/// Whether every row of these tensors starts on 16 bytes. Outputs do: the allocator aligns to 256.
-fn aligned<T: Element, P: Element>(
+/// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
+fn access<T: Element, P: Element>(
     problem: &Problem,
     device: &CudaDevice,
     xs: &[&CudaView<'_, T>],
     params: &[Option<&CudaView<'_, P>>],
-) -> bool {
+) -> Access {
     let stream = device.cuda_stream();
-    plan::rows_align(problem)
-        && xs.iter().all(|x| x.device_ptr(&stream).0 % 16 == 0)
-        && params
-            .iter()
-            .flatten()
-            .all(|p| p.device_ptr(&stream).0 % 16 == 0)
+    let starts = xs.iter().all(|x| x.device_ptr(&stream).0 % 16 == 0);
+    let mut params = params.iter().flatten();
+    let params_start = params.all(|p| p.device_ptr(&stream).0 % 16 == 0);
+    Access::of(problem, starts, params_start)
+}
+
+/// What a call over these tensors may choose from: x, or x and dy; weight and bias.
+pub(crate) fn candidates(
+    problem: &Problem,
+    dir: Direction,
+    xs: &[&Tensor],
+    params: &[&Tensor],
+) -> Result<Candidates> {
+    let gpu = gpu(problem.op_name(), xs[0].device().as_cuda_device()?)?;
+    let access = dispatch!("CUDA", problem, T, P => access_of::<T, P>(problem, xs, params))?;
+    let candidates = match dir {
+        Direction::Forward => plan::forward_candidates,
+        Direction::Backward => plan::backward_candidates,
+    };
+    Ok(Candidates {
+        access,
+        choices: candidates(problem, access, &gpu.facts)?,
+    })
+}
+
+/// As [`access`].
+fn access_of<T: Element, P: Element>(
+    problem: &Problem,
+    xs: &[&Tensor],
+    params: &[&Tensor],
+) -> Result<Access> {
+    fn starts<E: Element>(problem: &Problem, tensor: &Tensor) -> Result<bool> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            bail!(
+                "{}: candidates: expected tensors on CUDA, got one on {:?}",
+                problem.op_name(),
+                tensor.device().location()
+            )
+        };
+        let view = view::<E>(problem, (storage, layout))?;
+        Ok(view.device_ptr(&storage.device.cuda_stream()).0 % 16 == 0)
+    }
+    let (mut xs_start, mut params_start) = (true, true);
+    for x in xs {
+        xs_start &= starts::<T>(problem, x)?;
+    }
+    for param in params {
+        params_start &= starts::<P>(problem, param)?;
+    }
+    Ok(Access::of(problem, xs_start, params_start))
+}
+
+/// As a tuning file has them.
+pub(crate) fn name_and_multiprocessors(device: &CudaDevice) -> Result<(String, usize)> {
+    let gpu = gpu("tuning", device)?;
+    Ok((gpu.name.clone(), gpu.facts.multiprocessors))
+}
+
+/// Where the blocks of each row meet, if they are in groups of the grid: zeros, pairs.
+fn meetings<A: Acc>(
+    problem: &Problem,
+    device: &CudaDevice,
+    regime: Regime,
+    blocks: usize,
+) -> Result<Option<CudaSlice<A>>> {
+    match plan::meetings(problem, regime, blocks) {
+        0 => Ok(None),
+        pairs => Ok(Some(device.alloc_zeros(2 * pairs)?)),
+    }
 }
 
 /// Uninitialised memory.
@@ -180,125 +237,127 @@ fn forward_typed<T: Element, P: Element>(
     let x = view::<T>(problem, x)?;
     let weight = weight.map(|w| view::<P>(problem, w)).transpose()?;
     let bias = bias.map(|b| view::<P>(problem, b)).transpose()?;
-    let wrap =
-        |y: CudaSlice<T>, mean: Option<CudaSlice<T::Acc>>, rstd: Option<CudaSlice<T::Acc>>| {
-            let acc = |s| CudaStorage::wrap_cuda_slice(s, device.clone());
-            Forward {
-                ys: CudaStorage::wrap_cuda_slice(y, device.clone()),
-                statistics: rstd.map(|rstd| (mean.map(acc), acc(rstd))),
-            }
-        };
-    let kept = |wanted: bool| -> Result<Option<CudaSlice<T::Acc>>> {
-        let make = |_| -> Result<_> {
-            if problem.is_empty() {
-                device.alloc_zeros(rows)
-            } else {
-                alloc(device, rows)
-            }
-        };
-        wanted.then_some(()).map(make).transpose()
+    let wrap = |y: CudaSlice<T>, statistics: Option<CudaSlice<T::Acc>>| Forward {
+        ys: CudaStorage::wrap_cuda_slice(y, device.clone()),
+        statistics: statistics.map(|s| CudaStorage::wrap_cuda_slice(s, device.clone())),
     };
-    let mut mean = kept(keep && problem.remove_mean)?;
-    let mut rstd = kept(keep)?;
+    let means = if problem.remove_mean { rows } else { 0 };
     if problem.is_empty() {
-        return Ok(wrap(device.alloc_zeros(0)?, mean, rstd));
+        let statistics = keep
+            .then(|| device.alloc_zeros::<T::Acc>(means + rows))
+            .transpose()?;
+        return Ok(wrap(device.alloc_zeros(0)?, statistics));
     }
-
-    let facts = facts(problem, device)?;
-    let aligned = aligned(problem, device, &[&x], &[weight.as_ref(), bias.as_ref()]);
-    let plan = plan::forward(problem, aligned, &facts)?;
-    let mut y = alloc::<T>(device, rows * cols)?;
-    let [first, second @ ..] = plan.launches.as_slice() else {
-        bail!("{}: the plan has no launch: {plan:?}", problem.op_name())
+    let mut statistics = keep
+        .then(|| alloc::<T::Acc>(device, means + rows))
+        .transpose()?;
+    let (mut mean, mut rstd) = match &mut statistics {
+        Some(both) => {
+            let (mean, rstd) = both.split_at_mut(means);
+            (Some(mean), Some(rstd))
+        }
+        None => (None, None),
     };
-    let mut part = None;
-    if !second.is_empty() {
-        let part = part.insert(alloc::<T::Acc>(device, rows * plan.tiles * 2)?);
-        let mut args = Arguments::new(&stream);
-        args.output(Some(part));
-        args.input(Some(&x));
-        args.i64(rows);
-        args.i32(cols);
-        args.i32(plan.tiles);
-        args.bool(problem.remove_mean);
-        // SAFETY: split_moments(part [rows, tiles] of pairs, x [rows, cols], rows, cols, tiles, remove_mean).
-        unsafe { args.launch(problem, device, facts.base, first)? };
+
+    let gpu = gpu(problem.op_name(), device)?;
+    let access = access(problem, device, &[&x], &[weight.as_ref(), bias.as_ref()]);
+    let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
+    let mut y = alloc::<T>(device, rows * cols)?;
+    match plan.launches.as_slice() {
+        [launch] => {
+            let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
+            let mut args = Arguments::new(&stream);
+            args.output(Some(&mut y));
+            args.output(mean.as_mut());
+            args.output(rstd.as_mut());
+            args.input(Some(&x));
+            args.input(weight.as_ref());
+            args.input(bias.as_ref());
+            args.i64(rows);
+            args.i32(cols);
+            args.acc::<T::Acc>(problem.eps);
+            args.bool(problem.remove_mean);
+            args.output(meetings.as_mut());
+            args.i32(plan.blocks);
+            // SAFETY: FORWARD_ARGUMENTS of forward.cu, then `meetings` and `group_blocks`, which only the kernels of
+            // forward_ring.cu read. y is [rows, cols], mean and rstd are [rows], weight and bias [cols], as Problem checked.
+            unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
+        }
+        [moments, normalize] => {
+            let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
+            let mut args = Arguments::new(&stream);
+            args.output(Some(&mut part));
+            args.input(Some(&x));
+            args.i64(rows);
+            args.i32(cols);
+            args.bool(problem.remove_mean);
+            // SAFETY: split_moments(part [rows, blocks] of pairs, x [rows, cols], rows, cols, remove_mean).
+            unsafe { args.launch(problem, device, gpu.facts.base, moments)? };
+            let part = part.slice(..);
+            let mut args = Arguments::new(&stream);
+            args.output(Some(&mut y));
+            args.output(mean.as_mut());
+            args.output(rstd.as_mut());
+            args.input(Some(&part));
+            args.input(Some(&x));
+            args.input(weight.as_ref());
+            args.input(bias.as_ref());
+            args.i64(rows);
+            args.i32(cols);
+            args.acc::<T::Acc>(problem.eps);
+            // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps), of the shapes above.
+            unsafe { args.launch(problem, device, gpu.facts.base, normalize)? };
+        }
+        _ => bail!(
+            "{}: expected a plan of one or two launches, got {plan:?}",
+            problem.op_name()
+        ),
     }
-    let part = part.as_ref().map(|p| p.slice(..));
-    let mut args = Arguments::new(&stream);
-    args.output(Some(&mut y));
-    args.output(mean.as_mut());
-    args.output(rstd.as_mut());
-    if part.is_some() {
-        args.input(part.as_ref());
+    Ok(wrap(y, statistics))
+}
+
+fn gradients<T: Element, P: Element>(
+    device: &CudaDevice,
+    dx: Option<CudaSlice<T>>,
+    dweight: Option<CudaSlice<P>>,
+    dbias: Option<CudaSlice<P>>,
+) -> Gradients<CudaStorage> {
+    let param = |s| CudaStorage::wrap_cuda_slice(s, device.clone());
+    Gradients {
+        dx: dx.map(|s| CudaStorage::wrap_cuda_slice(s, device.clone())),
+        dweight: dweight.map(param),
+        dbias: dbias.map(param),
     }
-    args.input(Some(&x));
-    args.input(weight.as_ref());
-    args.input(bias.as_ref());
-    args.i64(rows);
-    args.i32(cols);
-    if part.is_some() {
-        args.i32(plan.tiles);
-    }
-    args.acc::<T::Acc>(problem.eps);
-    if part.is_none() {
-        args.bool(problem.remove_mean);
-    }
-    args.i32(plan.lanes as usize);
-    // SAFETY: FORWARD_ARGUMENTS of forward.cu, then `lanes`, which all but the warp kernels leave unread; or
-    // split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, tiles, eps). y is [rows, cols], mean and rstd are [rows],
-    // weight and bias [cols], as Problem checked.
-    unsafe { args.launch(problem, device, facts.base, second.first().unwrap_or(first))? };
-    Ok(wrap(y, mean, rstd))
 }
 
 fn backward_typed<T: Element, P: Element>(
     problem: &Problem,
-    args: &BackwardArgs<'_>,
+    args: &BackwardArgs<Operand<'_>>,
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
-    let locked = [args.x, args.dy, &args.statistics.rstd].map(Tensor::storage_and_layout);
-    let [x, dy, rstd] = &locked;
-    let (x, dy, rstd) = (
-        operand(problem, x)?,
-        operand(problem, dy)?,
-        operand(problem, rstd)?,
-    );
-    let weight = args.weight.map(Tensor::storage_and_layout);
-    let weight = weight.as_ref().map(|w| operand(problem, w)).transpose()?;
-    let mean = args
-        .statistics
-        .mean
-        .as_ref()
-        .map(Tensor::storage_and_layout);
-    let mean = mean.as_ref().map(|m| operand(problem, m)).transpose()?;
-    let device = &x.0.device;
-    let x = view::<T>(problem, x)?;
-    let dy = view::<T>(problem, dy)?;
-    let rstd = view::<T::Acc>(problem, rstd)?;
-    let weight = weight.map(|w| view::<P>(problem, w)).transpose()?;
-    let mean = mean.map(|m| view::<T::Acc>(problem, m)).transpose()?;
+    let device = &args.x.0.device;
+    let x = view::<T>(problem, args.x)?;
+    let dy = view::<T>(problem, args.dy)?;
+    let rstd = view::<T::Acc>(problem, args.rstd)?;
+    let weight = args.weight.map(|w| view::<P>(problem, w)).transpose()?;
+    let mean = args.mean.map(|m| view::<T::Acc>(problem, m)).transpose()?;
 
     let stream = device.cuda_stream();
     let (rows, cols) = (problem.rows, problem.cols);
-    let wrap =
-        |dx: Option<CudaSlice<T>>, dweight: Option<CudaSlice<P>>, dbias: Option<CudaSlice<P>>| {
-            let param = |s| CudaStorage::wrap_cuda_slice(s, device.clone());
-            Gradients {
-                dx: dx.map(|s| CudaStorage::wrap_cuda_slice(s, device.clone())),
-                dweight: dweight.map(param),
-                dbias: dbias.map(param),
-            }
-        };
     if problem.is_empty() {
         let zeros = |wanted: bool| wanted.then(|| device.alloc_zeros::<P>(cols)).transpose();
         let dx = wanted.dx.then(|| device.alloc_zeros::<T>(0)).transpose()?;
-        return Ok(wrap(dx, zeros(wanted.dweight)?, zeros(wanted.dbias)?));
+        return Ok(gradients(
+            device,
+            dx,
+            zeros(wanted.dweight)?,
+            zeros(wanted.dbias)?,
+        ));
     }
 
-    let facts = facts(problem, device)?;
-    let aligned = aligned(problem, device, &[&x, &dy], &[weight.as_ref()]);
-    let plan = plan::backward(problem, aligned, &facts)?;
+    let gpu = gpu(problem.op_name(), device)?;
+    let access = access(problem, device, &[&x, &dy], &[weight.as_ref()]);
+    let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
     let mut dx = wanted
         .dx
         .then(|| alloc::<T>(device, rows * cols))
@@ -310,51 +369,72 @@ fn backward_typed<T: Element, P: Element>(
     };
     let mut dweight_part = partial(wanted.dweight)?;
     let mut dbias_part = partial(wanted.dbias)?;
-    let [first, second @ ..] = plan.launches.as_slice() else {
-        bail!("{}: the plan has no launch: {plan:?}", problem.op_name())
-    };
-    let mut part = None;
-    if !second.is_empty() {
-        let part = part.insert(alloc::<T::Acc>(device, rows * plan.tiles * 2)?);
-        let mut args = Arguments::new(&stream);
-        args.output(Some(part));
-        args.input(Some(&x));
-        args.input(Some(&dy));
-        args.input(weight.as_ref());
-        args.input(mean.as_ref());
-        args.input(Some(&rstd));
-        args.i64(rows);
-        args.i32(cols);
-        args.i32(plan.tiles);
-        // SAFETY: split_sums(part [rows, tiles] of pairs, x, dy [rows, cols], weight [cols], mean, rstd [rows], rows, cols,
-        // tiles).
-        unsafe { args.launch(problem, device, facts.base, first)? };
+    match plan.launches.as_slice() {
+        [launch] => {
+            let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
+            let mut args = Arguments::new(&stream);
+            args.output(dx.as_mut());
+            args.output(dweight_part.as_mut());
+            args.output(dbias_part.as_mut());
+            args.input(Some(&x));
+            args.input(Some(&dy));
+            args.input(weight.as_ref());
+            args.input(mean.as_ref());
+            args.input(Some(&rstd));
+            args.i64(rows);
+            args.i32(cols);
+            args.bool(problem.remove_mean);
+            args.output(meetings.as_mut());
+            args.i32(plan.blocks);
+            args.i32(plan.teams);
+            // SAFETY: BACKWARD_ARGUMENTS of backward.cu, then `meetings`, `group_blocks` and `teams`, which only the kernels of
+            // backward_ring.cu read. dx is [rows, cols], the parts are [plan.parts, cols]; x, dy, weight, mean and rstd have the
+            // shapes of the forward pass.
+            unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
+        }
+        [sums, write_dx] => {
+            let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
+            let mut args = Arguments::new(&stream);
+            args.output(dweight_part.as_mut());
+            args.output(dbias_part.as_mut());
+            args.output(Some(&mut part));
+            args.input(Some(&x));
+            args.input(Some(&dy));
+            args.input(weight.as_ref());
+            args.input(mean.as_ref());
+            args.input(Some(&rstd));
+            args.i64(rows);
+            args.i32(cols);
+            // SAFETY: split_sums(dweight_part, dbias_part [row groups, cols], part [rows, blocks] of pairs, x, dy, weight, mean,
+            // rstd, rows, cols); plan.parts is the number of row groups.
+            unsafe { args.launch(problem, device, gpu.facts.base, sums)? };
+            if dx.is_some() {
+                let part = part.slice(..);
+                let mut args = Arguments::new(&stream);
+                args.output(dx.as_mut());
+                args.input(Some(&part));
+                args.input(Some(&x));
+                args.input(Some(&dy));
+                args.input(weight.as_ref());
+                args.input(mean.as_ref());
+                args.input(Some(&rstd));
+                args.i64(rows);
+                args.i32(cols);
+                args.bool(problem.remove_mean);
+                // SAFETY: split_gradients(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean), of the shapes above.
+                unsafe { args.launch(problem, device, gpu.facts.base, write_dx)? };
+            }
+        }
+        _ => bail!(
+            "{}: expected a plan of one or two launches, got {plan:?}",
+            problem.op_name()
+        ),
     }
-    let part = part.as_ref().map(|p| p.slice(..));
-    let mut args = Arguments::new(&stream);
-    args.output(dx.as_mut());
-    args.output(dweight_part.as_mut());
-    args.output(dbias_part.as_mut());
-    if part.is_some() {
-        args.input(part.as_ref());
-    }
-    args.input(Some(&x));
-    args.input(Some(&dy));
-    args.input(weight.as_ref());
-    args.input(mean.as_ref());
-    args.input(Some(&rstd));
-    args.i64(rows);
-    args.i32(cols);
-    if part.is_some() {
-        args.i32(plan.tiles);
-    }
-    args.bool(problem.remove_mean);
-    args.i32(plan.lanes as usize);
-    // SAFETY: BACKWARD_ARGUMENTS of backward.cu, then `lanes`, which all but the warp kernels leave unread; or
-    // split_gradients(dx, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols, tiles, remove_mean). dx is
-    // [rows, cols], the parts are [plan.parts, cols]. x, dy, weight, mean and rstd have the shapes of the forward pass.
-    unsafe { args.launch(problem, device, facts.base, second.first().unwrap_or(first))? };
 
+    // One part in the parameters' own dtype is what is wanted.
+    if plan.parts == 1 && problem.param_dtype == problem.stats_dtype() {
+        return Ok(gradients(device, dx, dweight_part, dbias_part));
+    }
     let param = |wanted: bool| wanted.then(|| alloc::<P>(device, cols)).transpose();
     let (mut dweight, mut dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
     if wanted.dweight || wanted.dbias {
@@ -368,7 +448,7 @@ fn backward_typed<T: Element, P: Element>(
         args.i32(plan.parts);
         args.i32(cols);
         // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
-        unsafe { args.launch(problem, device, facts.base, &plan.finalize)? };
+        unsafe { args.launch(problem, device, gpu.facts.base, &plan.finalize)? };
     }
-    Ok(wrap(dx, dweight, dbias))
+    Ok(gradients(device, dx, dweight, dbias))
 }
