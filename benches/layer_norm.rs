@@ -8,6 +8,7 @@
 //! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
 //! evicts L2 and hides the host's latency; the roofline is the better of two copies (forward) or adds (backward) of
 //! 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the roofline is a parallel copy or add.
+//! CUDA_CACHE_DISABLE=1 shows what a first call costs where the driver has not compiled the kernels before.
 //! Before a time is reported, the result is compared with the composed ops in f64.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +19,7 @@ use serde_json::json;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Instant;
 
 #[path = "support/cpu.rs"]
 mod cpu;
@@ -123,6 +125,9 @@ fn main() -> Result<()> {
         }
         None => None,
     };
+    if device.is_cuda() {
+        print_first_calls(&device)?;
+    }
     println!(
         "{:<4} {:<5} {:>7} x {:<8} {:<12} {:>11} {:>7} {:>11}",
         "dir", "dtype", "rows", "cols", "impl", "us", "roof", "op wall us"
@@ -175,6 +180,32 @@ fn open(args: &Args) -> Result<(Device, Box<dyn Bench>)> {
     }
     println!("CPU, {} threads", rayon::current_num_threads());
     Ok((Device::Cpu, Box::new(cpu::Cpu::new(args.reps))))
+}
+
+/// What the first forward and the first backward of a process wait for: the driver compiles their PTX, or finds it in its cache.
+fn print_first_calls(device: &Device) -> Result<()> {
+    let [x, weight, bias, dy] = [(512, 768), (1, 768), (1, 768), (512, 768)]
+        .map(|shape| Tensor::randn(0f32, 1., shape, device));
+    let x = Var::from_tensor(&x?)?;
+    let [weight, bias] = [weight, bias].map(|t| Var::from_tensor(&t?.flatten_all()?));
+    let (weight, bias, dy) = (weight?, bias?, dy?);
+    device.synchronize()?;
+    let start = Instant::now();
+    let (_, backward) = bench::layer_norm(&x, &weight, &bias, EPS)?;
+    device.synchronize()?;
+    let forward = start.elapsed();
+    backward(&dy)?;
+    device.synchronize()?;
+    let cache = match std::env::var_os("CUDA_CACHE_DISABLE") {
+        Some(value) if value == "1" => "off",
+        _ => "on",
+    };
+    println!(
+        "first calls, 512 x 768 in f32, compute cache {cache}: forward {:.0} ms, backward {:.0} ms",
+        forward.as_secs_f64() * 1e3,
+        (start.elapsed() - forward).as_secs_f64() * 1e3
+    );
+    Ok(())
 }
 
 struct Row {
