@@ -16,14 +16,10 @@ template <typename T> struct AccOf { using type = float; };
 template <> struct AccOf<double> { using type = double; };
 using Acc = AccOf<X>::type;
 
-// Elements in a 16-byte vector of x. Rows that do not start on 16 bytes take the same kernels with vectors of 1.
+// Elements in a 16-byte vector of x; single kernels take vectors of 1.
 constexpr int kWide = 16 / sizeof(X);
 constexpr int kWarp = 32;
 constexpr unsigned kFull = 0xffffffffu;
-
-// Choices made at compile time, passed as arguments.
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
 
 struct alignas(2 * sizeof(Acc)) Pair {
   Acc a, b;
@@ -194,37 +190,6 @@ __device__ __forceinline__ Pair from_halves(Acc v, int lanes = kWarp) {
 }
 // `lanes` >= 2.
 __device__ __forceinline__ Pair warp_sum(Pair p, int lanes = kWarp) { return from_halves(warp_sum_by_halves(p, lanes), lanes); }
-
-// A warp's part of a sum over several warps: lane 0 leaves a, lane 16 b.
-__device__ __forceinline__ void leave_part(Pair& part, Acc half) {
-  if (threadIdx.x % (kWarp / 2) == 0) (threadIdx.x % kWarp ? part.b : part.a) = half;
-}
-// The sum of the first `count` of kParts parts, for all lanes.
-template <int kParts> __device__ __forceinline__ Pair sum_parts(const Pair (&part)[kParts], int count) {
-  static_assert(kParts % (kWarp / 2) == 0, "whole halves of a warp");
-  const int lane = threadIdx.x % (kWarp / 2);
-  const Acc* const own = threadIdx.x & kWarp / 2 ? &part[lane].b : &part[lane].a;
-  Acc v = 0;
-#pragma unroll
-  for (int i = 0; i < kParts; i += kWarp / 2)
-    if (i + lane < count) v += own[2 * i];
-  return from_halves(warp_sum(v, kWarp / 2));
-}
-
-// Sum over the block, in one order; all threads must call it and get the result. Uses `part`, one slot a warp, with one
-// barrier inside and none at the end: the next call must use other slots.
-__device__ __forceinline__ Pair block_sum(Pair p, Pair (&part)[kWarp]) {
-  leave_part(part[threadIdx.x / kWarp], warp_sum_by_halves(p));
-  __syncthreads();
-  return sum_parts(part, blockDim.x / kWarp);
-}
-__device__ __forceinline__ Acc block_sum(Acc v, Pair (&part)[kWarp]) {
-  v = warp_sum(v);
-  const int lane = threadIdx.x % kWarp;
-  if (lane == 0) part[threadIdx.x / kWarp].a = v;
-  __syncthreads();
-  return warp_sum(lane < int(blockDim.x / kWarp) ? part[lane].a : Acc(0));
-}
 
 // mean and the sum of squared deviations of `count` values; merges by Chan et al. (1979).
 struct Moments {
