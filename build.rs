@@ -25,7 +25,7 @@ const DTYPES: [(Dtype, Dtype); 6] = [
     (BF16, BF16),
     (BF16, F32),
 ];
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "forward",
     "forward_single",
     "forward_ring",
@@ -34,6 +34,7 @@ const FILES: [&str; 11] = [
     "backward_single",
     "backward_ring",
     "backward_shifted",
+    "backward_warp_shifted",
     "split",
     "split_single",
     "finalize",

@@ -7,27 +7,16 @@
 //               ring of rows, so that no barrier guards the ring. At the end the block adds up its warps; finalize.cu adds
 //               up the blocks.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * blocks * cols for the partials, written and read (in f32).
-// Launch        backward_warp_{wide,single}_LxP: block kThreads, L lanes a row, cols <= L * P * kVec; shared:
+// Launch        backward_warp_{wide,shifted,single}_LxP: block kThreads, L lanes a row, cols <= L * P * kVec; shared:
 //               max(kRing * 2 * kThreads * P * kVec * sizeof(X), kThreads / 32 * cols * sizeof(Acc)). Partials: [blocks, cols].
-//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. dx, dweight_part, dbias_part, weight, mean
-//               may be null.
+//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
+//               cols <= 32 * P * kVec - 2 * (kVec - 1), warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
 
 constexpr int kThreads = 256;
-// Rows in the ring, by the bytes of a row that a lane holds. plan.rs sizes shared memory by the same.
-template <int kLaneBytes> constexpr int kWarpRing = kLaneBytes >= 128 ? 3 : 4;
-
-#define BACKWARD_ARGUMENTS                                                                                             \
-  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
-      Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
-      const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
-      const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
-      int remove_mean
-
-template <int kVec, int kPer, int kLanes>
-__device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
+template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
   constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
@@ -38,6 +27,8 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
   // A warp's lanes shuffle together; some may have one row fewer, and take zeros for it.
   const int iterations = rows_from(first), own_iterations = rows_from(own_first);
   const Acc inv_cols = inverse(cols);
+  static_assert(!kShifted || kLanes == kWarp, "a shift a warp");
+  const Frame<kVec, kShifted> frame(cols, first);
 
   using C = Chunks<kVec, 2>;
   const uint32_t begin = C::start(shared, warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
@@ -45,9 +36,8 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
   bool valid[kPer];
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
-    const int c = (k * kLanes + t) * kVec;
-    valid[k] = c < cols;
-    own.start(k, valid[k] ? load_param<kVec>(weight, c, 1) : filled<Param, kVec>(0));
+    valid[k] = frame.column(k * kLanes + t) < cols;
+    own.start(k, load_param_of(frame, weight, k * kLanes + t, 1, valid[k]));
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -56,14 +46,20 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
   }
   // Of this lane's first vector in the next row to be copied, and to be written.
   const int64_t step = stride * cols;
-  int64_t next = own_first * cols + t * kVec, out = next;
+  int64_t next = own_first * cols + frame.column(t), out = next;
   const auto fill = [&](int it, uint32_t at) {
     if (it < iterations) {
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        if (valid[k]) {
-          C::fill(at + k * C::kChunk, x + next + k * kLanes * kVec, it < own_iterations);
-          C::fill(at + k * C::kChunk + C::kTensor, dy + next + k * kLanes * kVec, it < own_iterations);
+        const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
+        const int64_t from = next + k * kLanes * kVec;
+        if (!valid[k]) continue;
+        if constexpr (kShifted) {
+          C::fill_of(frame, xs, x + from, k * kLanes + t, x + rows * cols);
+          C::fill_of(frame, dys, dy + from, k * kLanes + t, dy + rows * cols);
+        } else {
+          C::fill(xs, x + from, it < own_iterations);
+          C::fill(dys, dy + from, it < own_iterations);
         }
       }
     }
@@ -92,13 +88,22 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
     copy_async_wait<kRing - 1>();
     Pair sums = {0, 0};
 #pragma unroll
-    for (int k = 0; k < kPer; k++) own.add(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), row, sums);
+    for (int k = 0; k < kPer; k++) {
+      const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
+      if (kShifted && valid[k] && !frame.whole(k * kLanes + t)) {
+        C::patch(frame, xs, k * kLanes + t, X(0.f));
+        C::patch(frame, dys, k * kLanes + t, X(0.f));
+      }
+      own.add(k, C::read(xs), C::read(dys), row, sums);
+    }
     const Scales scales = Scales::of(warp_sum(sums, kLanes), row, inv_cols, remove_mean);
     const bool writes = dx && it < own_iterations;
 #pragma unroll
-    for (int k = 0; k < kPer; k++)
-      own.store_dx(dx + out + k * kLanes * kVec, k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales,
-                   writes && valid[k]);
+    for (int k = 0; k < kPer; k++) {
+      Acc f[kVec];
+      own.gradient(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales, f);
+      store_of(frame, dx + out + k * kLanes * kVec, f, k * kLanes + t, writes && valid[k]);
+    }
     out += step;
     fill(it + kRing, at);
     at += kPer * C::kChunk;
@@ -121,18 +126,23 @@ __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
 #pragma unroll
         for (int o = kWarp / 2; o; o /= 2)
           if (o >= kLanes) sum[i] += __shfl_xor_sync(kFull, sum[i], o);
-      if (lane < kLanes && valid[k]) store_acc<kVec>(part + warp * cols + (k * kLanes + t) * kVec, sum);
+      if (lane < kLanes && valid[k]) store_columns(frame, part + warp * cols, k * kLanes + t, sum);
     }
     __syncthreads();
-    add_owners<kVec>(out + int64_t(blockIdx.x) * cols, part, warps, cols, threadIdx.x, blockDim.x);
+    add_owners<kShifted ? 1 : kVec>(out + int64_t(blockIdx.x) * cols, part, warps, cols, threadIdx.x, blockDim.x);
   }
 }
 
 #define BACKWARD_WARP(name, vec, lanes, per, blocks)                                                                   \
   extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                                       \
       backward_warp_##name##_##lanes##x##per(BACKWARD_ARGUMENTS) {                                                     \
-    backward_warp<vec, per, lanes>(dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, rows, cols, remove_mean);  \
+    backward_warp<vec, per, lanes, kShifted>(BACKWARD_PASS);                                                           \
   }
+#ifdef LN_SHIFTED
+constexpr bool kShifted = true;
+#else
+constexpr bool kShifted = false;
+#endif
 
 #ifdef LN_SINGLE
 BACKWARD_WARP(single, 1, 8, 8, 1)
@@ -140,6 +150,16 @@ BACKWARD_WARP(single, 1, 32, 4, 1)
 BACKWARD_WARP(single, 1, 32, 8, 1)
 #if LN_X_BYTES != 8
 BACKWARD_WARP(single, 1, 32, 16, 1)
+#endif
+#elif defined(LN_SHIFTED)
+#if LN_X_BYTES == 2
+BACKWARD_WARP(shifted, kWide, 32, 2, 2)
+BACKWARD_WARP(shifted, kWide, 32, 4, 1)
+#elif LN_X_BYTES == 4
+BACKWARD_WARP(shifted, kWide, 32, 4, 1)
+BACKWARD_WARP(shifted, kWide, 32, 8, 1)
+#else
+BACKWARD_WARP(shifted, kWide, 32, 4, 1)
 #endif
 #elif LN_X_BYTES == 2
 BACKWARD_WARP(wide, kWide, 8, 2, 2)

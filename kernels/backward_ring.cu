@@ -13,19 +13,13 @@
 //               backward_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: zeros, [rows, group_blocks + 32] pairs.
-//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes, and owners (of all
-//               teams) * cols a multiple of kVec, or an owner for each row. dx, dweight_part, dbias_part, weight, mean may
-//               be null.
+//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners
+//               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups,
+//               partials are [owners + min(rows, S) - 1, cols], where rows start in S ways.
+//               dx, dweight_part, dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks, owners.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
-
-#define BACKWARD_ARGUMENTS                                                                                             \
-  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
-      Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
-      const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
-      const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
-      int remove_mean
 
 template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted>
 __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings, int group_blocks, int teams) {
@@ -45,8 +39,9 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
     group.owner = group.owner * teams + team;
     group.owners *= teams;
   }
-  const int iterations = group.owner < rows ? int((rows - 1 - group.owner) / group.owners + 1) : 0;
-  const auto row_at = [&](int it) { return group.owner + int64_t(it) * group.owners; };
+  // Teams keep to rows of one shift: there are owners enough.
+  constexpr bool kSorted = kShifted && kOwner != Owner::Block;
+  const auto own_rows = Rows<kSorted>::template of<kVec>(rows, cols, group.owner, group.owners);
   if (warp == 0 && lane == 0) mail.init(warps);
   __syncthreads();
   sync_owner<kOwner>();
@@ -54,22 +49,24 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
   if (warp >= warps) {
     const Acc inv_cols = inverse(cols);
     Statistics<kComm> statistics;
-    statistics.load(mean, rstd, group, rows, 0);
+    statistics.load(mean, rstd, own_rows, 0);
+    int64_t place = own_rows.at(0);
 #pragma unroll 1
-    for (int it = warp - warps; it < iterations; it += kComm) {
-      const Normalizer row = statistics.at(mean, rstd, group, rows, it);
+    for (int it = 0; it < own_rows.count; it++, place = own_rows.next(place)) {
+      if (it % kComm != warp - warps) continue;
+      const Normalizer row = statistics.at(mean, rstd, own_rows, it);
       const Pair own = warp_sum(mail.collect(it, warps));
       const auto sum = [](const auto& heard) {
         Pair p = {0, 0};
         for (const Pair& h : heard) p = p + h;
         return warp_sum(p);
       };
-      const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + row_at(it) * meeting_pairs(group.blocks), sum);
+      const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + place * meeting_pairs(group.blocks), sum);
       mail.deliver(it, Scales::of(sums, row, inv_cols, remove_mean));
     }
   } else {
-    const Frame<kVec, kShifted> frame(cols, group.owner);
-    const Share share = share_of(frame.vectors, group.rank, group.blocks);
+    using F = Frame<kVec, kShifted>;
+    const Share share = share_of(F::vectors(cols), group.rank, group.blocks);
     // This thread's vectors: of the share, and of the row.
     const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
     bool valid[kPer];
@@ -83,100 +80,117 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       valid[k] = first + k * kWarp < share.vectors;
-      own.start(k, load_param_of(frame, weight, vector + k * kWarp, 1, valid[k]));
       if (!valid[k])
         for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
           C::clear(at);
           C::clear(at + C::kTensor);
         }
     }
-    // Of this thread's first vector in the next row to be copied; dx is written kRing rows behind.
-    const int64_t step = int64_t(group.owners) * cols;
-    int64_t next = int64_t(group.owner) * cols + frame.column(vector);
+    const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
+    int64_t next = own_rows.at(0);
+    F next_frame(cols, next);
     Statistics<1> statistics;
-    statistics.load(mean, rstd, group, rows, 0);
+    statistics.load(mean, rstd, own_rows, 0);
     const auto fill = [&](int it, uint32_t at) {
-      if (it < iterations) {
+      if (it < own_rows.count) {
+        if constexpr (kSorted) next_frame = F(cols, next);
+        const int64_t from = offset_of(next_frame, next);
 #pragma unroll
         for (int k = 0; k < kPer; k++)
           if (valid[k]) {
-            if (frame.whole(vector + k * kWarp)) {
-              C::fill(at + k * C::kChunk, x + next + k * kWarp * kVec);
-              C::fill(at + k * C::kChunk + C::kTensor, dy + next + k * kWarp * kVec);
-            } else if constexpr (kShifted) {
-              const int64_t from = next + k * kWarp * kVec;
-              C::fill_before(at + k * C::kChunk, x + from, rows * cols - from);
-              C::fill_before(at + k * C::kChunk + C::kTensor, dy + from, rows * cols - from);
-            }
+            C::fill_of(next_frame, at + k * C::kChunk, x + from + k * kWarp * kVec, vector + k * kWarp, x + rows * cols);
+            C::fill_of(next_frame, at + k * C::kChunk + C::kTensor, dy + from + k * kWarp * kVec, vector + k * kWarp, dy + rows * cols);
           }
       }
-      next += step;
+      next = own_rows.next(next);
       copy_async_commit();
     };
     for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 
     uint32_t sum_at = begin, dx_at = begin;
-    const auto add_row = [&](int it) {
+    const auto add_row = [&](const F& frame, int it) {
       copy_async_wait<kRing - kLag - 1>();
-      const Normalizer row = statistics.at(mean, rstd, group, rows, it);
+      const Normalizer row = statistics.at(mean, rstd, own_rows, it);
       Pair sums = {0, 0};
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        Vec<X, kVec> xs = C::read(sum_at + k * C::kChunk), dys = C::read(sum_at + k * C::kChunk + C::kTensor);
-        // What a vector holds of other rows must not reach this row's sums, not even a NaN.
+        const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
         if (kShifted && valid[k] && !frame.whole(vector + k * kWarp)) {
-          xs = masked(frame, xs, vector + k * kWarp);
-          dys = masked(frame, dys, vector + k * kWarp);
+          C::patch(frame, xs, vector + k * kWarp, X(0.f));
+          C::patch(frame, dys, vector + k * kWarp, X(0.f));
         }
-        own.add(k, xs, dys, row, sums);
+        own.add(k, C::read(xs), C::read(dys), row, sums);
       }
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
-    const auto write_dx = [&](int it) {
+    int64_t dx_row = own_rows.at(0);
+    const auto write_dx = [&](const F& frame, int it) {
       const Scales s = mail.wait(it);
-      const int64_t out = next - kRing * step;
+      X* const out = dx + offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step);
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         Acc f[kVec];
         own.gradient(k, C::read(dx_at + k * C::kChunk), C::read(dx_at + k * C::kChunk + C::kTensor), s, f);
-        store_of(frame, dx + out + k * kWarp * kVec, f, vector + k * kWarp, dx && valid[k]);
+        store_of(frame, out + k * kWarp * kVec, f, vector + k * kWarp, dx && valid[k]);
       }
+      if constexpr (kSorted) dx_row = own_rows.next(dx_row);
       fill(it + kRing, dx_at);
       advance(dx_at);
     };
-    int it = 0;
-#pragma unroll 1
-    for (; it < min(kLag, iterations); it++) add_row(it);
-#pragma unroll 1
-    for (; it < iterations; it++) {
-      add_row(it);
-      write_dx(it - kLag);
-    }
-#pragma unroll 1
-    for (it = max(0, iterations - kLag); it < iterations; it++) write_dx(it);
-    copy_async_wait<0>();
-
-    const int64_t part = int64_t(kOwner == Owner::Block ? int(blockIdx.x) : group.owner) * cols;
-#pragma unroll
-    for (int tensor = 0; tensor < 2; tensor++) {
-      Acc* const out = tensor ? dbias_part : dweight_part;
-      if (!out) continue;
-      if (teams == 1) {
-#pragma unroll
-        for (int k = 0; k < kPer; k++)
-          if (valid[k]) store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
-        continue;
-      }
-      // The teams' sums in order, through shared memory that the ring no longer needs.
-      Acc* const sums = reinterpret_cast<Acc*>(shared);
-      compute_sync(teams * warps);
+    // Partial sums: of a block; of an owner and a kind of its rows, of which the next owner's first is the same or the next.
+    int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(dx_row)) * cols;
+    if (kSorted && own_rows.starts_kind(dx_row)) {
+      // No owner has this kind's predecessor beside it.
+      const F frame(cols, dx_row);
 #pragma unroll
       for (int k = 0; k < kPer; k++)
-        if (valid[k]) store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
-      compute_sync(teams * warps);
-      add_owners<kShifted ? 1 : kVec>(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
+        if (valid[k]) {
+          Acc zeros[kVec] = {};
+          if (dweight_part) store_columns(frame, dweight_part + part - cols, vector + k * kWarp, zeros);
+          if (dbias_part) store_columns(frame, dbias_part + part - cols, vector + k * kWarp, zeros);
+        }
     }
+    int it = 0;
+#pragma unroll 1
+    do {
+      const F frame(cols, dx_row);
+#pragma unroll
+      for (int k = 0; k < kPer; k++) own.start(k, load_param_of(frame, weight, vector + k * kWarp, 1, valid[k]));
+      const int start = it, stop = kSorted ? own_rows.end_of_kind(it, dx_row) : own_rows.count;
+#pragma unroll 1
+      for (; it < min(start + kLag, stop); it++) add_row(frame, it);
+#pragma unroll 1
+      for (; it < stop; it++) {
+        add_row(frame, it);
+        write_dx(frame, it - kLag);
+      }
+#pragma unroll 1
+      for (int late = max(start, stop - kLag); late < stop; late++) write_dx(frame, late);
+
+#pragma unroll
+      for (int tensor = 0; tensor < 2; tensor++) {
+        Acc* const out = tensor ? dbias_part : dweight_part;
+        if (!out) continue;
+        if (teams == 1) {
+#pragma unroll
+          for (int k = 0; k < kPer; k++)
+            if (valid[k]) store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
+          continue;
+        }
+        // The teams' sums in order, through shared memory that the ring no longer needs.
+        copy_async_wait<0>();
+        Acc* const sums = reinterpret_cast<Acc*>(shared);
+        compute_sync(teams * warps);
+#pragma unroll
+        for (int k = 0; k < kPer; k++)
+          if (valid[k]) store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
+        compute_sync(teams * warps);
+        add_owners<kShifted ? 1 : kVec>(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
+      }
+      part += cols;
+    } while (kSorted && it < own_rows.count);
+    copy_async_wait<0>();
   }
   // No block leaves while another may send to it.
   sync_owner<kOwner>();
@@ -186,13 +200,13 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
       backward_##name(BACKWARD_ARGUMENTS, Pair* __restrict__ meetings /* [rows, group_blocks + 32] */, int group_blocks, \
                       int teams) {                                                                                     \
-    backward_ring<kWide, per, ring, lag, owner, comm, kShifted>(dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, \
-                                                                rows, cols, remove_mean, meetings, group_blocks, teams); \
+    backward_ring<kWide, per, ring, lag, owner, comm, kShifted>(BACKWARD_PASS, meetings, group_blocks, teams);         \
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
-// The first and last vectors of a row take registers.
-constexpr int kBlock = LN_X_BYTES == 4 ? 512 : 384, kCluster = kBlock, kGrid = kBlock;
+// Rows of several shifts take registers.
+constexpr int kBlock = LN_X_BYTES == 8 ? 384 : 640, kCluster = LN_X_BYTES == 8 ? 384 : LN_X_BYTES == 4 ? 544 : 512;
+constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 512;
 #define NAME(owner) owner##_shifted
 #else
 constexpr bool kShifted = false;

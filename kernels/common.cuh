@@ -255,7 +255,9 @@ template <typename T> __device__ __forceinline__ T load_shared(uint32_t a) {
 }
 template <typename T> __device__ __forceinline__ void store_shared(uint32_t a, const T& v, bool by_this_lane) {
   if constexpr (sizeof(T) == 2) {
-    if (by_this_lane) asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(reinterpret_cast<const uint16_t&>(v)) : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.u16 [%0], %1; }" ::"r"(a), "h"(reinterpret_cast<const uint16_t&>(v)),
+                 "r"(uint32_t(by_this_lane))
+                 : "memory");
   } else {
 #pragma unroll
     for (int i = 0; i < int(sizeof(T) / 4); i++)
@@ -278,10 +280,6 @@ template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, co
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
-}
-// Copies `bytes` of 16, and writes zeros for the rest.
-__device__ __forceinline__ void copy_async_part(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");

@@ -21,14 +21,18 @@ constexpr int kTold = 8, kToldStride = 4;
 // Pairs of a row's place in global memory, where `blocks` meet.
 __device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold * kToldStride; }
 
-// A row as whole vectors of memory. Where rows do not start on 16 bytes but their tensor does, a row's first vector starts `shift`
-// elements before the row, and its last may end behind it. The rows of one owner are a multiple of kVec apart, so that the shift is
-// the same for all of them: weight and sums are kept in its frame, and only a row's first and last vector are special.
-template <int kVec, bool kShifted> struct Frame {
-  int cols, shift, vectors;
+// Rows in the ring of a persistent warp, by the bytes of a row that a lane holds. plan.rs sizes shared memory by the same.
+template <int kLaneBytes> constexpr int kWarpRing = kLaneBytes >= 128 ? 3 : 4;
 
-  __device__ __forceinline__ Frame(int cols, int owner)
-      : cols(cols), shift(kShifted ? int(int64_t(owner) * cols % kVec) : 0), vectors((shift + cols + kVec - 1) / kVec) {}
+// A row as whole vectors of memory. Where rows do not start on 16 bytes but their tensor does, a row's first vector starts `shift`
+// elements before the row, and its last may end behind it, or hold nothing of it. weight and sums are kept in the same frame, so that
+// only a row's first and last vectors are special.
+template <int kVec, bool kShifted> struct Frame {
+  int cols, shift;
+
+  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), shift(kShifted ? int(uint32_t(row) * uint32_t(cols) % kVec) : 0) {}
+  // Of a row with the largest shift.
+  __device__ __forceinline__ static int vectors(int cols) { return (cols + (kShifted ? 2 : 1) * (kVec - 1)) / kVec; }
   // Of the row's elements, those in vectors [begin, end).
   __device__ __forceinline__ int count(int begin, int end) const {
     return max(0, min(end * kVec, shift + cols) - max(begin * kVec, shift));
@@ -37,7 +41,43 @@ template <int kVec, bool kShifted> struct Frame {
   __device__ __forceinline__ int column(int vector) const { return vector * kVec - shift; }
   __device__ __forceinline__ bool holds(int column) const { return column >= 0 && column < cols; }
   __device__ __forceinline__ bool whole(int vector) const {
-    return !kShifted || (column(vector) >= 0 && column(vector) + kVec <= cols);
+    return !kShifted || (column(vector) >= 0 && column(vector) <= cols - kVec);
+  }
+};
+
+// The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those that start equally far from 16 bytes one
+// after another, so that weight and sums change their frame as seldom as can be: rows are numbered by `row % step`, then by row,
+// and an owner has consecutive ones.
+template <bool kSorted> struct Rows {
+  int64_t rows, begin, step;
+  int count;
+
+  template <int kVec> __device__ __forceinline__ static Rows of(int64_t rows, int cols, int owner, int owners) {
+    if constexpr (!kSorted) {
+      return {rows, owner, owners, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0};
+    } else {
+      const int64_t begin = rows * owner / owners;
+      return {rows, begin, kVec / min(kVec, cols & -cols), int(rows * (owner + 1) / owners - begin)};
+    }
+  }
+  __device__ __forceinline__ int64_t at(int it) const {
+    if constexpr (!kSorted) return begin + it * step;
+    // Of `more` kinds there is one row more than of the others.
+    const int64_t place = begin + it, each = rows / step, more = rows % step, in_more = more * (each + 1);
+    const int64_t kind = place < in_more ? place / (each + 1) : more + (place - in_more) / each;
+    return kind + step * (place - kind * each - min(kind, more));
+  }
+  __device__ __forceinline__ int64_t next(int64_t row) const {
+    row += step;
+    // The first of the next kind; step is a power of 2.
+    return kSorted && row >= rows ? (row & (step - 1)) + 1 : row;
+  }
+  // Among its kinds; and whether it is the first row of its kind but not of all.
+  __device__ __forceinline__ int kind_of(int64_t row) const { return kSorted ? int(row % step) : 0; }
+  __device__ __forceinline__ bool starts_kind(int64_t row) const { return row < step && row > 0; }
+  // The end of the iterations with rows of the same kind as `row`, that of iteration it.
+  __device__ __forceinline__ int end_of_kind(int it, int64_t row) const {
+    return kSorted ? int(min(int64_t(count), it + (rows - 1 - row) / step + 1)) : count;
   }
 };
 
@@ -76,15 +116,6 @@ __device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* 
         if (frame.holds(frame.column(vector) + i)) p[i] = X(f[i]);
     }
   }
-}
-
-// The vector with zeros where it holds none of the row.
-template <int kVec, bool kShifted>
-__device__ __forceinline__ Vec<X, kVec> masked(const Frame<kVec, kShifted>& frame, const Vec<X, kVec>& v, int vector) {
-  Acc f[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; i++) f[i] = frame.holds(frame.column(vector) + i) ? v[i] : Acc(0);
-  return Vec<X, kVec>::of(f);
 }
 
 // Stores a vector's sums for dweight or dbias at the row of sums `out`.
@@ -132,18 +163,20 @@ template <Owner kOwner> __device__ __forceinline__ void sync_owner() {
 template <int kStep> struct Statistics {
   Acc mean = 0, rstd = 0, mean_ahead = 0, rstd_ahead = 0;
 
-  __device__ __forceinline__ void load(const Acc* means, const Acc* rstds, const Group& group, int64_t rows, int from) {
-    const int64_t row = group.owner + int64_t(from + int(threadIdx.x % kWarp)) * group.owners;
-    if (row < rows) {
+  template <bool kSorted> __device__ __forceinline__ void load(const Acc* means, const Acc* rstds, const Rows<kSorted>& rows, int from) {
+    const int it = from + int(threadIdx.x % kWarp);
+    if (it < rows.count) {
+      const int64_t row = rows.at(it);
       if (means) mean_ahead = __ldg(means + row);
       rstd_ahead = __ldg(rstds + row);
     }
   }
-  __device__ __forceinline__ Normalizer at(const Acc* means, const Acc* rstds, const Group& group, int64_t rows, int it) {
+  template <bool kSorted>
+  __device__ __forceinline__ Normalizer at(const Acc* means, const Acc* rstds, const Rows<kSorted>& rows, int it) {
     if (it % kWarp < kStep) {
       mean = mean_ahead;
       rstd = rstd_ahead;
-      load(means, rstds, group, rows, it / kWarp * kWarp + kWarp);
+      load(means, rstds, rows, it / kWarp * kWarp + kWarp);
     }
     return Normalizer{__shfl_sync(kFull, mean, it % kWarp), __shfl_sync(kFull, rstd, it % kWarp)};
   }
@@ -162,18 +195,66 @@ template <int kVec, int kTensors> struct Chunks {
   // A slot that is never filled stays zero.
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
   // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
-  __device__ __forceinline__ static void fill(uint32_t at, const X* from) {
-    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from);
-    else store_shared(at, load_vec<X, kVec>(from), true);
-  }
-  // What lies behind the tensor's end is not read.
-  __device__ __forceinline__ static void fill_before(uint32_t at, const X* from, int64_t left) {
-    static_assert(kBytes == 16, "16 bytes");
-    copy_async_part(at, from, int(max(int64_t(0), min(int64_t(kVec), left))) * int(sizeof(X)));
-  }
   __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid) {
     if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid);
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
+  }
+  // As fill, of a vector of a row in `frame`. What a slot holds of other rows is for `patch`.
+  template <bool kShifted>
+  __device__ __forceinline__ static void fill_of(const Frame<kVec, kShifted>& frame, uint32_t at, const X* from, int vector, const X* end) {
+    if (frame.whole(vector)) {
+      copy_async<kBytes>(at, from);
+    } else if (frame.column(vector) < frame.cols) {
+      if (from + kVec <= end) {
+        copy_async<kBytes>(at, from);
+      } else {
+        // Nothing behind the tensor is read.
+#pragma unroll 1
+        for (int i = 0; from + i < end; i++) store_shared(at + i * int(sizeof(X)), load_vec<X, 1>(from + i), true);
+      }
+    }
+  }
+  // Element i of a slot.
+  __device__ __forceinline__ static X element(uint32_t at, int i) { return load_shared<X>(at + i * int(sizeof(X))); }
+  // Of a vector that is not whole: `value` where it holds none of the row.
+  template <bool kShifted>
+  __device__ __forceinline__ static void patch(const Frame<kVec, kShifted>& frame, uint32_t at, int vector, X value) {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) store_shared(at + i * int(sizeof(X)), value, !frame.holds(frame.column(vector) + i));
+  }
+};
+
+// The sums of a thread's part of a row about its first value, in one pass, and exactly where mean >> std.
+template <int kVec, bool kShifted> struct OwnSums {
+  Acc center = 0;
+  Pair sums = {0, 0};
+
+  using C = Chunks<kVec, 1>;
+
+  // Adds the vector in a slot, the row's or, if not valid, zeros.
+  __device__ __forceinline__ void add(const Frame<kVec, kShifted>& frame, uint32_t at, int vector, bool first, bool valid, bool remove_mean) {
+    if (first) *this = {0, {0, 0}};
+    if (kShifted && valid && !frame.whole(vector)) {
+      // What counts for nothing: the center.
+      if (first && remove_mean) center = widen(C::element(at, max(0, min(-frame.column(vector), kVec - 1))));
+      C::patch(frame, at, vector, X(center));
+    }
+    const Vec<X, kVec> v = C::read(at);
+    if (first && remove_mean) center = v[0];
+    const Acc from = valid ? center : Acc(0);
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      const Acc d = v[i] - from;
+      sums.a += d;
+      sums.b += d * d;
+    }
+  }
+  // The warp's mean and m2, from the sums of its threads, of `count` values.
+  __device__ __forceinline__ Moments merge(Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
+    const Acc warp_center = __shfl_sync(kFull, center, 0);
+    const Pair own = about_center(sums, inv_count, remove_mean), pieces[1] = {{center - warp_center + own.a, own.b}};
+    const Acc counts[1] = {count};
+    return merge_moments(warp_center, pieces, counts, inv_warp);
   }
 };
 

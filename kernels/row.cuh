@@ -1,6 +1,20 @@
-// What a thread holds of a row, and what it computes of it: `Slice` forward, `Columns` backward.
+// What kernels take, what a thread holds of a row, and what it computes of it: `Slice` forward, `Columns` backward.
 #pragma once
 #include "common.cuh"
+
+// What every kernel of a pass takes, but those of split.cu.
+#define FORWARD_ARGUMENTS                                                                                              \
+  X *__restrict__ y /* [rows, cols] */, Acc *__restrict__ mean /* [rows] */, Acc *__restrict__ rstd /* [rows] */,       \
+      const X *__restrict__ x /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                       \
+      const Param *__restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps, int remove_mean
+#define FORWARD_PASS y, mean, rstd, x, weight, bias, rows, cols, eps, remove_mean
+#define BACKWARD_ARGUMENTS                                                                                             \
+  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
+      Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
+      const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
+      const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
+      int remove_mean
+#define BACKWARD_PASS dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, rows, cols, remove_mean
 
 // Gives xhat of a row; 0 exactly where x is the mean, as x * rstd - mean * rstd would not be.
 struct alignas(sizeof(Acc) * 2) Normalizer {
@@ -43,20 +57,6 @@ template <int kVec, int kPer> struct Slice {
       }
     }
     return s;
-  }
-
-  __device__ __forceinline__ void normalize(X* y, const Param* weight, const Param* bias, Normalizer n, int t, int threads,
-                                            int cols) const {
-#pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      const int c = (k * threads + t) * kVec;
-      const bool valid = c < cols;
-      const Vec<Param, kVec> w = load_param<kVec>(weight, c, 1, valid), b = load_param<kVec>(bias, c, 0, valid);
-      Acc f[kVec];
-#pragma unroll
-      for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[k][i]) * w[i] + b[i];
-      store<X, kVec>(y + c, f, valid);
-    }
   }
 };
 

@@ -9,7 +9,8 @@
 //               The second launch walks backward: what the first read last is still in L2.
 // Bytes moved   Forward 3 * rows * cols * sizeof(X), backward 5 *, less what L2 holds.
 // Launch        grid (blocks, rows / kRows rounded up), block kThreads. Both launches of a pass have the same grid. Parts:
-//               moments and sums [rows, blocks], dweight and dbias [row groups, cols]. kVec > 1: all pointers on 16 bytes, cols a
+//               moments and sums [rows, blocks], dweight_part and dbias_part [row groups, cols]; with one row group they may be
+//               null, and dweight and dbias, [cols], are written instead. kVec > 1: all pointers on 16 bytes, cols a
 //               multiple of kVec. mean, rstd, weight, bias, dx, dweight_part, dbias_part may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
@@ -45,8 +46,9 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
 #pragma unroll
   for (int r = 0; r < kRows; r++) row[r] = {0, 0};
   int taken = 0;
+  // v is unsigned: a step past the last may be past 2^31.
 #pragma unroll 1
-  for (int v = p.first; v < p.vectors; v += p.step) {
+  for (uint32_t v = p.first; v < uint32_t(p.vectors); v += p.step) {
     taken++;
     // A vector's own moments, merged into the thread's: 1 / n and n1 * n2 / n of Chan's formula.
     const Acc share = Acc(1) / taken, between = Acc(kVec) * (taken - 1) * share;
@@ -149,8 +151,12 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
   }
 }
 
+template <int kVec> __device__ __forceinline__ void store_params(Param* p, const Acc (&f)[kVec]) {
+  *reinterpret_cast<Vec<Param, kVec>*>(p) = Vec<Param, kVec>::of(f);
+}
+
 template <int kVec>
-__device__ __forceinline__ void split_sums(Acc* dweight_part, Acc* dbias_part, Pair* part, const X* x, const X* dy,
+__device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dweight_part, Acc* dbias_part, Pair* part, const X* x, const X* dy,
                                            const Param* weight, const Acc* mean, const Acc* rstd, int64_t rows, int cols) {
   __shared__ Normalizer normalizers[kRows];
   __shared__ Pair warps[kRows][kWarps];
@@ -167,7 +173,7 @@ __device__ __forceinline__ void split_sums(Acc* dweight_part, Acc* dbias_part, P
 #pragma unroll
   for (int r = 0; r < kRows; r++) sums[r] = {0, 0};
 #pragma unroll 1
-  for (int v = p.first; v < p.vectors; v += p.step) {
+  for (uint32_t v = p.first; v < uint32_t(p.vectors); v += p.step) {
     Columns<kVec, 1> own;
     own.start(0, load_param<kVec>(weight, v * kVec, 1));
 #pragma unroll
@@ -185,6 +191,8 @@ __device__ __forceinline__ void split_sums(Acc* dweight_part, Acc* dbias_part, P
     const int64_t at = blockIdx.y * int64_t(cols) + v * kVec;
     if (dweight_part) store_acc<kVec>(dweight_part + at, own.dweight[0]);
     if (dbias_part) store_acc<kVec>(dbias_part + at, own.dbias[0]);
+    if (dweight) store_params<kVec>(dweight + v * kVec, own.dweight[0]);
+    if (dbias) store_params<kVec>(dbias + v * kVec, own.dbias[0]);
   }
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
@@ -249,13 +257,14 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
     split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps);                                       \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
-      split_sums_##name(Acc* __restrict__ dweight_part /* [row groups, cols] */,                                       \
+      split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \
+                        Acc* __restrict__ dweight_part /* [row groups, cols] */,                                       \
                         Acc* __restrict__ dbias_part /* [row groups, cols] */,                                         \
                         Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,      \
                         const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */,    \
                         const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,          \
                         int64_t rows, int cols) {                                                                      \
-    split_sums<vec>(dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols);                            \
+    split_sums<vec>(dweight, dbias, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols);                            \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
       split_gradients_##name(X* __restrict__ dx /* [rows, cols] */, const Pair* __restrict__ part /* [rows, blocks] */, \

@@ -21,7 +21,7 @@
 //! ```json
 //! {"crate": "candle-fused-layer-norm", "version": "0.1.0", "gpu": "NVIDIA H200", "multiprocessors": 132, "choices": [
 //!   {"dir": "fwd", "dtype": "f32", "param_dtype": "f32", "access": "wide", "rows": 512, "cols": 768,
-//!    "kernel": "forward_block_wide_x2", "warps": 3, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
+//!    "kernel": "forward_block_wide_2x1", "warps": 3, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
 //! ]}
 //! ```
 //!
@@ -440,7 +440,7 @@ mod tests {
         }
     }
 
-    /// Of 4096 columns of f32, for which the built-in plan is forward_block_wide_x4 of 8 warps.
+    /// Of 4096 columns of f32, for which the built-in plan is forward_block_wide_2x1 of 16 warps.
     fn entry(rows: usize, kernel: &str, warps: usize, blocks: usize) -> Entry {
         Entry {
             dir: Direction::Forward,
@@ -478,11 +478,11 @@ mod tests {
         Ok((plan.launches[0].entry, plan.launches[0].block[0]))
     }
 
-    const BUILT_IN: (&str, u32) = ("forward_block_wide_x4", 256);
+    const BUILT_IN: (&str, u32) = ("forward_block_wide_2x1", 512);
 
     #[test]
     fn a_file_comes_back_as_it_was_written() {
-        let written = file(vec![entry(512, "forward_block_wide_x8", 4, 1)]);
+        let written = file(vec![entry(512, "forward_block_wide_8x1", 4, 1)]);
         let text = serde_json::to_string(&written).unwrap();
         assert_eq!(serde_json::from_str::<File>(&text).unwrap(), written);
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -494,21 +494,21 @@ mod tests {
 
     #[test]
     fn what_a_file_gets_wrong_is_said() {
-        let good = entry(512, "forward_block_wide_x8", 4, 1);
+        let good = entry(512, "forward_block_wide_8x1", 4, 1);
         let refused = |entry| parse(&file(vec![entry])).unwrap_err();
         assert_eq!(
             refused(Entry {
-                kernel: "forward_block_wide_x5".into(),
+                kernel: "forward_block_wide_5x1".into(),
                 ..good.clone()
             }),
-            "tuning.json: choices[0]: kernel: expected the name of a forward kernel, got `forward_block_wide_x5`"
+            "tuning.json: choices[0]: kernel: expected the name of a forward kernel, got `forward_block_wide_5x1`"
         );
         assert_eq!(
             refused(Entry {
                 dir: Direction::Backward,
                 ..good.clone()
             }),
-            "tuning.json: choices[0]: kernel: expected the name of a backward kernel, got `forward_block_wide_x8`"
+            "tuning.json: choices[0]: kernel: expected the name of a backward kernel, got `forward_block_wide_8x1`"
         );
         assert_eq!(
             refused(Entry {
@@ -526,10 +526,10 @@ mod tests {
     #[test]
     fn nearest_rows_within_a_factor_of_2_are_taken() {
         let store = store(vec![
-            entry(512, "forward_block_wide_x8", 4, 1),
+            entry(512, "forward_block_wide_8x1", 4, 1),
             entry(1024, "forward_cluster_wide", 4, 2),
         ]);
-        let (x8, cluster) = (("forward_block_wide_x8", 128), "forward_cluster_wide");
+        let (x8, cluster) = (("forward_block_wide_8x1", 128), "forward_cluster_wide");
         let of = |rows| forward(&store, rows, &h200()).unwrap();
         assert_eq!(of(255), BUILT_IN);
         assert_eq!(of(256), x8);
@@ -542,7 +542,7 @@ mod tests {
 
     #[test]
     fn all_but_rows_must_be_the_same() {
-        let store = store(vec![entry(512, "forward_block_wide_x8", 4, 1)]);
+        let store = store(vec![entry(512, "forward_block_wide_8x1", 4, 1)]);
         let key = Key {
             dir: Direction::Forward,
             dtype: DType::F32,
@@ -578,11 +578,11 @@ mod tests {
     #[test]
     fn a_choice_that_cannot_hold_the_row_leaves_the_built_in_plan() {
         for (kernel, warps, blocks) in [
-            ("forward_block_wide_x8", 3, 1),
-            ("forward_block_wide_x8", usize::MAX, 1),
-            ("forward_block_wide_x8", 4, usize::MAX),
-            ("forward_block_single_x16", 8, 1),
-            ("forward_warp_wide_32x2", 4, 1),
+            ("forward_block_wide_8x1", 3, 1),
+            ("forward_block_wide_8x1", usize::MAX, 1),
+            ("forward_block_wide_8x1", 4, usize::MAX),
+            ("forward_block_single_16x1", 8, 1),
+            ("forward_warp_wide_32x2x1", 4, 1),
             ("forward_cluster_wide", 4, 3),
             ("forward_cluster_wide", 0, 0),
             ("forward_grid_wide", 4, usize::MAX),
@@ -595,7 +595,7 @@ mod tests {
 
     #[test]
     fn a_file_of_another_gpu_is_refused_until_it_is_cleared() {
-        let store = store(vec![entry(512, "forward_block_wide_x8", 4, 1)]);
+        let store = store(vec![entry(512, "forward_block_wide_8x1", 4, 1)]);
         let mut slice = h200();
         slice.facts.multiprocessors = 60;
         let mut h100 = h200();
@@ -644,23 +644,23 @@ mod tests {
         refused.set(State::Empty);
         assert_eq!(refused.choice(&key, 1, &h200(), never), Ok(None));
 
-        let loaded = store(vec![entry(512, "forward_block_wide_x8", 4, 1)]);
+        let loaded = store(vec![entry(512, "forward_block_wide_8x1", 4, 1)]);
         assert!(loaded.choice(&key, 512, &h200(), never).unwrap().is_some());
     }
 
     #[test]
     fn a_forced_choice_comes_first_and_is_not_replaced() {
         let choice = |warps| Choice {
-            entry: "forward_block_wide_x8",
+            entry: "forward_block_wide_8x1",
             warps,
             blocks: 1,
         };
         let p = problem(512, 4096);
         let planned = || super::plan(Direction::Forward, plan::forward, &p, Access::Wide, &h200());
         let forced = bench::forced(Some(choice(4)), None, planned).unwrap();
-        assert_eq!(forced.launches[0].entry, "forward_block_wide_x8");
+        assert_eq!(forced.launches[0].entry, "forward_block_wide_8x1");
         let error = bench::forced(Some(choice(3)), None, planned).unwrap_err();
-        assert!(error.to_string().contains("forward_block_wide_x8"));
+        assert!(error.to_string().contains("forward_block_wide_8x1"));
         assert_eq!(bench::forced_choice(Direction::Forward), None);
     }
 }

@@ -87,7 +87,7 @@ fn what_is_no_tuning_file_is_refused() -> Result<()> {
 
 /// A good file's text with one change.
 fn text_with(from: &str, to: &str) -> Result<String> {
-    let file = File::new("GPU".into(), 1, vec![entry("forward_block_wide_x2")]);
+    let file = File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]);
     let text = serde_json::to_string(&file)?;
     assert!(text.contains(from), "{text}");
     Ok(text.replacen(from, to, 1))
@@ -128,7 +128,7 @@ fn a_kernel_that_the_crate_lacks_is_refused() -> Result<()> {
 #[test]
 fn a_written_file_loads() -> Result<()> {
     let path = path("written");
-    File::new("GPU".into(), 1, vec![entry("forward_block_wide_x2")]).write(&path)?;
+    File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]).write(&path)?;
     tuning::load(&path)?;
     #[cfg(feature = "cuda")]
     for device in common::devices::cuda_devices() {

@@ -362,13 +362,18 @@ fn backward_typed<T: Element, P: Element>(
         .dx
         .then(|| alloc::<T>(device, rows * cols))
         .transpose()?;
+    // All rows are one group: its sums are what is wanted.
+    let direct = plan.regime == Regime::Split && plan.parts == 1;
     let partial = |wanted: bool| {
-        wanted
+        (wanted && !direct)
             .then(|| alloc::<T::Acc>(device, plan.parts * cols))
             .transpose()
     };
+    let param = |wanted: bool| wanted.then(|| alloc::<P>(device, cols)).transpose();
     let mut dweight_part = partial(wanted.dweight)?;
     let mut dbias_part = partial(wanted.dbias)?;
+    let mut dweight = param(wanted.dweight && direct)?;
+    let mut dbias = param(wanted.dbias && direct)?;
     match plan.launches.as_slice() {
         [launch] => {
             let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
@@ -395,6 +400,8 @@ fn backward_typed<T: Element, P: Element>(
         [sums, write_dx] => {
             let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
             let mut args = Arguments::new(&stream);
+            args.output(dweight.as_mut());
+            args.output(dbias.as_mut());
             args.output(dweight_part.as_mut());
             args.output(dbias_part.as_mut());
             args.output(Some(&mut part));
@@ -405,8 +412,8 @@ fn backward_typed<T: Element, P: Element>(
             args.input(Some(&rstd));
             args.i64(rows);
             args.i32(cols);
-            // SAFETY: split_sums(dweight_part, dbias_part [row groups, cols], part [rows, blocks] of pairs, x, dy, weight, mean,
-            // rstd, rows, cols); plan.parts is the number of row groups.
+            // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, cols], part [rows, blocks] of
+            // pairs, x, dy, weight, mean, rstd, rows, cols); plan.parts is the number of row groups.
             unsafe { args.launch(problem, device, gpu.facts.base, sums)? };
             if dx.is_some() {
                 let part = part.slice(..);
@@ -431,12 +438,14 @@ fn backward_typed<T: Element, P: Element>(
         ),
     }
 
+    if direct {
+        return Ok(gradients(device, dx, dweight, dbias));
+    }
     // One part in the parameters' own dtype is what is wanted.
     if plan.parts == 1 && problem.param_dtype == problem.stats_dtype() {
         return Ok(gradients(device, dx, dweight_part, dbias_part));
     }
-    let param = |wanted: bool| wanted.then(|| alloc::<P>(device, cols)).transpose();
-    let (mut dweight, mut dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
+    (dweight, dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
     if wanted.dweight || wanted.dbias {
         let dweight_part = dweight_part.as_ref().map(|p| p.slice(..));
         let dbias_part = dbias_part.as_ref().map(|p| p.slice(..));
