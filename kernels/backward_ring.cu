@@ -50,7 +50,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
     const Acc inv_cols = inverse(cols);
     Statistics<kComm> statistics;
     statistics.load(mean, rstd, own_rows, 0);
-    int64_t place = own_rows.at(0);
+    auto place = own_rows.at(0);
 #pragma unroll 1
     for (int it = 0; it < own_rows.count; it++, place = own_rows.next(place)) {
       if (it % kComm != warp - warps) continue;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
         for (const Pair& h : heard) p = p + h;
         return warp_sum(p);
       };
-      const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + place * meeting_pairs(group.blocks), sum);
+      const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + int64_t(place) * meeting_pairs(group.blocks), sum);
       mail.deliver(it, Scales::of(sums, row, inv_cols, remove_mean));
     }
   } else {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
         }
     }
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
-    int64_t next = own_rows.at(0);
+    auto next = own_rows.at(0);
     F next_frame(cols, next);
     Statistics<1> statistics;
     statistics.load(mean, rstd, own_rows, 0);
@@ -124,7 +124,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
-    int64_t dx_row = own_rows.at(0);
+    auto dx_row = own_rows.at(0);
     const auto write_dx = [&](const F& frame, int it) {
       const Scales s = mail.wait(it);
       X* const out = dx + offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step);
@@ -204,9 +204,13 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
-// Rows of several shifts take registers.
 constexpr int kBlock = LN_X_BYTES == 8 ? 384 : 640, kCluster = LN_X_BYTES == 8 ? 384 : LN_X_BYTES == 4 ? 544 : 512;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// A few registers spill, and a row of a million columns is read once.
+constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 640;
+#else
 constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 512;
+#endif
 #define NAME(owner) owner##_shifted
 #else
 constexpr bool kShifted = false;

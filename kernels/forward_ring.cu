@@ -65,7 +65,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
       const Moments m = merge_moments(heard, shares, inv_cols);
       return Pair{m.mean, m.m2};
     };
-    int64_t row = own.at(0);
+    auto row = own.at(0);
     int counted = -1;
     if constexpr (!kSorted) count(F(cols, row));
 #pragma unroll 1
@@ -78,7 +78,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
         }
       const Pair parts[1] = {mail.collect(it, warps)};
       const Moments block = merge_moments(parts, counts, inv_share);
-      const Pair m = mail.template agree<kOwner>(it, group, Pair{block.mean, block.m2}, meetings + row * meeting_pairs(group.blocks), merge);
+      const Pair m = mail.template agree<kOwner>(it, group, Pair{block.mean, block.m2}, meetings + int64_t(row) * meeting_pairs(group.blocks), merge);
       const Acc r = rsqrt_acc(m.b * inv_cols + eps);
       mail.deliver(it, Normalizer{m.a, r});
       if (group.rank == 0 && lane == 0) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     // Of the next chunk to be copied.
     int next_it = 0;
-    int64_t next_row = own.at(0);
+    auto next_row = own.at(0);
     F next_frame(cols, next_row);
     const X* next = x + offset_of(next_frame, next_row);
     const auto fill = [&](int k, uint32_t at) {
@@ -135,7 +135,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
     }
 
     // Of the row that is being summed.
-    int64_t sum_row = own.at(0);
+    auto sum_row = own.at(0);
     F sum_frame(cols, sum_row);
     OwnSums<kVec, kShifted> sums;
     Acc own_count = 0, inv_own = 0, inv_warp = 0;
@@ -176,7 +176,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
 #pragma unroll
     for (int k = 0; k < kLead % kPer; k++) add_ahead(kLead / kPer, k);
 
-    int64_t out_row = own.at(0);
+    auto out_row = own.at(0);
     int it = 0;
 #pragma unroll 1
     do {
@@ -289,7 +289,10 @@ template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(
   extern "C" __global__ void __launch_bounds__(kThreads, blocks) forward_warp_shifted_##lanes##x##per(FORWARD_ARGUMENTS) { \
     forward_warp_ring<kWide, per>(FORWARD_PASS);                                                                       \
   }
-#if LN_X_BYTES == 2
+#if LN_X_BYTES == 2 && LN_PARAM_BYTES == 2
+FORWARD_WARP_RING(32, 2, 4)
+FORWARD_WARP_RING(32, 4, 3)
+#elif LN_X_BYTES == 2
 FORWARD_WARP_RING(32, 2, 3)
 FORWARD_WARP_RING(32, 4, 2)
 #elif LN_X_BYTES == 4
@@ -307,8 +310,13 @@ FORWARD_WARP_RING(32, 4, 2)
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
-// Rows of several shifts take registers, f32 weights beside half precision more.
-constexpr int kOne = LN_X_BYTES < LN_PARAM_BYTES ? 384 : 512, kGrid = kOne;
+// f32 weights beside half precision take registers.
+constexpr int kOne = LN_X_BYTES < LN_PARAM_BYTES ? 384 : LN_X_BYTES == 8 ? 512 : 544;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kGrid = LN_X_BYTES < LN_PARAM_BYTES ? 384 : LN_X_BYTES == 8 ? 512 : 640;
+#else
+constexpr int kGrid = LN_X_BYTES < LN_PARAM_BYTES ? 384 : 512;
+#endif
 #define NAME(owner) owner##_shifted
 #else
 constexpr bool kShifted = false;

@@ -48,36 +48,43 @@ template <int kVec, bool kShifted> struct Frame {
 // The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those that start equally far from 16 bytes one
 // after another, so that weight and sums change their frame as seldom as can be: rows are numbered by `row % step`, then by row,
 // and an owner has consecutive ones.
+template <bool kSorted> struct RowIndex { using Type = int64_t; };
+// Rows that blocks share are long, and so fewer than 2^31.
+template <> struct RowIndex<true> { using Type = int; };
 template <bool kSorted> struct Rows {
-  int64_t rows, begin, step;
+  using Row = typename RowIndex<kSorted>::Type;
+  Row rows, begin, step;
   int count;
 
   template <int kVec> __device__ __forceinline__ static Rows of(int64_t rows, int cols, int owner, int owners) {
     if constexpr (!kSorted) {
       return {rows, owner, owners, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0};
     } else {
-      const int64_t begin = rows * owner / owners;
-      return {rows, begin, kVec / min(kVec, cols & -cols), int(rows * (owner + 1) / owners - begin)};
+      const int begin = int(rows * owner / owners);
+      return {int(rows), begin, kVec / min(kVec, cols & -cols), int(rows * (owner + 1) / owners) - begin};
     }
   }
-  __device__ __forceinline__ int64_t at(int it) const {
-    if constexpr (!kSorted) return begin + it * step;
-    // Of `more` kinds there is one row more than of the others.
-    const int64_t place = begin + it, each = rows / step, more = rows % step, in_more = more * (each + 1);
-    const int64_t kind = place < in_more ? place / (each + 1) : more + (place - in_more) / each;
-    return kind + step * (place - kind * each - min(kind, more));
+  __device__ __forceinline__ Row at(int it) const {
+    if constexpr (!kSorted) {
+      return begin + it * step;
+    } else {
+      // Of `more` kinds there is one row more than of the others.
+      const int place = begin + it, each = rows / step, more = rows % step, in_more = more * (each + 1);
+      const int kind = place < in_more ? place / (each + 1) : more + (place - in_more) / each;
+      return kind + step * (place - kind * each - min(kind, more));
+    }
   }
-  __device__ __forceinline__ int64_t next(int64_t row) const {
+  __device__ __forceinline__ Row next(Row row) const {
     row += step;
     // The first of the next kind; step is a power of 2.
     return kSorted && row >= rows ? (row & (step - 1)) + 1 : row;
   }
   // Among its kinds; and whether it is the first row of its kind but not of all.
-  __device__ __forceinline__ int kind_of(int64_t row) const { return kSorted ? int(row % step) : 0; }
-  __device__ __forceinline__ bool starts_kind(int64_t row) const { return row < step && row > 0; }
+  __device__ __forceinline__ int kind_of(Row row) const { return kSorted ? int(row & (step - 1)) : 0; }
+  __device__ __forceinline__ bool starts_kind(Row row) const { return row < step && row > 0; }
   // The end of the iterations with rows of the same kind as `row`, that of iteration it.
-  __device__ __forceinline__ int end_of_kind(int it, int64_t row) const {
-    return kSorted ? int(min(int64_t(count), it + (rows - 1 - row) / step + 1)) : count;
+  __device__ __forceinline__ int end_of_kind(int it, Row row) const {
+    return kSorted ? min(count, it + int((rows - 1 - row) / step) + 1) : count;
   }
 };
 

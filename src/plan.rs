@@ -326,17 +326,22 @@ const FORWARD: &[Kernel] = &[
     forward_block("forward_block_wide_8x1", Access::Wide, &[4], 8, 1, [32, 16]),
     forward_warp("forward_warp_single_4x8x1", Access::Single, &[2, 4, 8], 4, 8, 1),
     forward_warp("forward_warp_single_32x4x1", Access::Single, &[2, 4, 8], 32, 4, 1),
-    warp_ring("forward_shifted", "forward_warp_shifted_32x2", Access::Shifted, &[2], 32, 2, 3),
-    warp_ring("forward_shifted", "forward_warp_shifted_32x4", Access::Shifted, &[2], 32, 4, 2),
+    Kernel { param_sizes: &[2], ..warp_ring("forward_shifted", "forward_warp_shifted_32x2", Access::Shifted, &[2], 32, 2, 4) },
+    Kernel { param_sizes: &[2], ..warp_ring("forward_shifted", "forward_warp_shifted_32x4", Access::Shifted, &[2], 32, 4, 3) },
+    Kernel { param_sizes: &[4], ..warp_ring("forward_shifted", "forward_warp_shifted_32x2", Access::Shifted, &[2], 32, 2, 3) },
+    Kernel { param_sizes: &[4], ..warp_ring("forward_shifted", "forward_warp_shifted_32x4", Access::Shifted, &[2], 32, 4, 2) },
     warp_ring("forward_shifted", "forward_warp_shifted_32x4", Access::Shifted, &[4], 32, 4, 3),
     warp_ring("forward_shifted", "forward_warp_shifted_32x4", Access::Shifted, &[8], 32, 4, 2),
     warp_ring("forward_shifted", "forward_warp_shifted_32x8", Access::Shifted, &[4], 32, 8, 2),
-    ring("forward_shifted", "forward_block_shifted", Regime::Block, &[4, 8], [4, 12, 1], [15, 15]),
-    ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[4, 8], [4, 20, 1], [15, 15]),
-    ring("forward_shifted", "forward_grid_shifted", Regime::Grid, &[4, 8], [4, 24, 4], [12, 12]),
-    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_block_shifted", Regime::Block, &[2], [4, 12, 1], [15, 15]) },
-    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [15, 15]) },
-    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 12]) },
+    ring("forward_shifted", "forward_block_shifted", Regime::Block, &[4], [4, 12, 1], [16, 16]),
+    ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[4], [4, 20, 1], [16, 16]),
+    ring("forward_shifted", "forward_grid_shifted", Regime::Grid, &[4], [4, 24, 4], [12, 16]),
+    ring("forward_shifted", "forward_block_shifted", Regime::Block, &[8], [4, 12, 1], [15, 15]),
+    ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[8], [4, 20, 1], [15, 15]),
+    ring("forward_shifted", "forward_grid_shifted", Regime::Grid, &[8], [4, 24, 4], [12, 12]),
+    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_block_shifted", Regime::Block, &[2], [4, 12, 1], [16, 16]) },
+    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
+    Kernel { param_sizes: &[2], ..ring("forward_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 16]) },
     // f32 weights take registers.
     Kernel { param_sizes: &[4], ..ring("forward_shifted", "forward_block_shifted", Regime::Block, &[2], [4, 12, 1], [11, 11]) },
     Kernel { param_sizes: &[4], ..ring("forward_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [11, 11]) },
@@ -380,8 +385,8 @@ const BACKWARD: &[Kernel] = &[
     ring("backward_shifted", "backward_cluster_shifted", Regime::Cluster, &[2], [2, 12, 1], [15, 15]),
     ring("backward_shifted", "backward_cluster_shifted", Regime::Cluster, &[4], [2, 12, 1], [16, 16]),
     ring("backward_shifted", "backward_cluster_shifted", Regime::Cluster, &[8], [4, 12, 1], [11, 11]),
-    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[2], [2, 12, 4], [12, 12]),
-    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[4], [4, 12, 4], [8, 12]),
+    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[2], [2, 12, 4], [12, 16]),
+    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[4], [4, 12, 4], [12, 16]),
     ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[8], [4, 12, 4], [8, 8]),
     backward_warp("backward_warp_single_32x8", Access::Single, &[2, 4, 8], 32, 8, 1),
     backward_warp("backward_warp_single_32x16", Access::Single, &[2, 4], 32, 16, 1),
@@ -498,9 +503,8 @@ const TOLD: usize = 32;
 /// kRows and kThreads of split.cu.
 const SPLIT_ROWS: usize = 16;
 const SPLIT_THREADS: usize = 256;
-/// kMaxTeams of backward_ring.cu, and the warps of its block.
+/// kMaxTeams of backward_ring.cu.
 const MAX_TEAMS: usize = 8;
-const TEAM_WARPS: usize = 16;
 
 fn gcd(a: usize, b: usize) -> usize {
     match b {
@@ -871,7 +875,10 @@ impl<'a> Planner<'a> {
             // Blocks of few warps share a multiprocessor.
             _ => {
                 let shared = self.shared(kernel, warps, teams);
-                let by_registers = TEAM_WARPS / (teams * warps).min(TEAM_WARPS);
+                // Registers are dealt out to warps by fours, for the largest block.
+                let most = kernel.most_warps[usize::from(self.device.base >= 90)];
+                let most = (most + kernel.communicating).next_multiple_of(4);
+                let by_registers = most / (teams * (warps + kernel.communicating));
                 let by_shared = self.device.shared_per_multiprocessor
                     / (shared + STATIC_SHARED + RESERVED_SHARED);
                 by_registers.min(by_shared).max(1) * clusters(self.device, blocks)
