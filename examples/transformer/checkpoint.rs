@@ -104,14 +104,13 @@ impl Checkpoint {
         })
     }
 
-    fn write(&self, file: &mut File) -> Result<()> {
+    pub fn write(&self, file: &mut File) -> Result<()> {
         let state = &self.optimizer;
         let parts = [&state.weights, &state.first_moment, &state.second_moment];
-        let shapes = shapes(&self.progress)?;
         let mut tensors = BTreeMap::new();
         for (kind, part) in KINDS.into_iter().zip(parts) {
             for (name, values) in part {
-                let shape = shapes.get(name).cloned().unwrap_or(vec![values.len()]);
+                let shape = state.shapes[name].clone();
                 let bytes = bytemuck::cast_slice(values);
                 tensors.insert(
                     format!("{kind}{name}"),
@@ -172,6 +171,7 @@ impl Checkpoint {
         let mut next = || parts.next().unwrap_or_else(|| Ok(BTreeMap::new()));
         let optimizer = OptimizerState {
             updates: progress.updates,
+            shapes: shapes.clone(),
             weights: next()?,
             first_moment: next()?,
             second_moment: next()?,

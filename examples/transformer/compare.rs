@@ -87,7 +87,7 @@ pub fn table(rows: &[Row]) -> String {
 }
 
 /// The arguments that make this program train as `source` says, with `settings`.
-fn arguments(source: &Source, settings: &Settings, out: &Path) -> Vec<OsString> {
+pub fn arguments(source: &Source, settings: &Settings, out: &Path) -> Vec<OsString> {
     let Settings {
         layers,
         heads,

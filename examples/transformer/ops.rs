@@ -189,10 +189,13 @@ impl OneHotEmbedding {
 impl Module for OneHotEmbedding {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let one_hot = ids
-            .unsqueeze(D::Minus1)?
+            .flatten_all()?
+            .unsqueeze(1)?
             .broadcast_eq(&self.ids)?
             .to_dtype(self.embeddings.dtype())?;
-        one_hot.broadcast_matmul(&self.embeddings)
+        let channels = self.embeddings.dim(1)?;
+        let shape = [ids.dims(), &[channels]].concat();
+        one_hot.matmul(&self.embeddings)?.reshape(shape)
     }
 }
 

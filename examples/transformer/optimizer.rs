@@ -40,6 +40,7 @@ pub struct AdamW {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
     pub updates: usize,
+    pub shapes: BTreeMap<String, Vec<usize>>,
     pub weights: BTreeMap<String, Vec<f32>>,
     pub first_moment: BTreeMap<String, Vec<f32>>,
     pub second_moment: BTreeMap<String, Vec<f32>>,
@@ -179,6 +180,11 @@ impl AdamW {
         };
         Ok(OptimizerState {
             updates: self.updates,
+            shapes: self
+                .slots
+                .iter()
+                .map(|slot| (slot.name.clone(), slot.var.dims().to_vec()))
+                .collect(),
             weights: split(&self.weights)?,
             first_moment: split(&self.first_moment)?,
             second_moment: split(&self.second_moment)?,

@@ -66,6 +66,7 @@ pub fn check_equal(
 ///
 /// Does not wait for the other ranks after an error: they may hang in a collective that the failed one never joins. They
 /// end with the process.
+#[cfg_attr(not(feature = "nccl"), allow(dead_code))]
 pub fn run<T: Send + 'static>(
     ranks: usize,
     rank: impl Fn(usize) -> Result<T> + Clone + Send + 'static,
@@ -171,7 +172,7 @@ pub mod tests {
     /// Ranks that are threads on the CPU.
     #[derive(Clone)]
     pub struct Threads {
-        pub rank: usize,
+        rank: usize,
         ranks: usize,
         sums: Arc<Mutex<Vec<Option<Tensor>>>>,
         barrier: Arc<Barrier>,
@@ -184,6 +185,13 @@ pub mod tests {
                 ranks,
                 sums: Arc::new(Mutex::new(vec![None; ranks])),
                 barrier: Arc::new(Barrier::new(ranks)),
+            }
+        }
+
+        pub fn on(&self, rank: usize) -> Self {
+            Self {
+                rank,
+                ..self.clone()
             }
         }
     }
@@ -229,11 +237,7 @@ pub mod tests {
         let check = |hashes: [u64; 3]| {
             let threads = Threads::new(3);
             run(3, move |rank| {
-                let threads = Threads {
-                    rank,
-                    ..threads.clone()
-                };
-                check_equal(&threads, hashes[rank], &Device::Cpu)
+                check_equal(&threads.on(rank), hashes[rank], &Device::Cpu)
             })
         };
         check([u64::MAX; 3]).unwrap();
