@@ -125,7 +125,9 @@ impl Preset {
                 steps: 2000,
                 ..shakespeare_gpu
             },
-            // With a bias, as PyTorch's and candle-nn's layers have unless told otherwise.
+            // With a bias, as PyTorch's and candle-nn's layers have unless told otherwise. Activations stay below the 65,536
+            // elements from which candle's CPU backend splits elementwise ops over threads that wait by spinning: on a busy
+            // machine that is several times slower.
             Self::Quick => Settings {
                 layers: 2,
                 heads: 4,
@@ -133,10 +135,10 @@ impl Preset {
                 context: 64,
                 bias: true,
                 dropout: 0.,
-                batch_size: 4,
-                steps: 1500,
-                learning_rate: 2e-3,
-                min_learning_rate: 2e-4,
+                batch_size: 2,
+                steps: 2000,
+                learning_rate: 1.5e-3,
+                min_learning_rate: 1.5e-4,
                 ..shakespeare_gpu
             },
         }
