@@ -20,7 +20,7 @@ fn audit(dtype: DType) -> Result<GradAudit> {
     let cut = var(&varmap, "cut", 2., dtype)?;
     let one_nan = Tensor::new(&[1f32, f32::NAN, 1., 1.], &Device::Cpu)?.to_dtype(dtype)?;
     let loss = (good.sqr()?.sum_all()?
-        + (zero * 0.)?.sum_all()?
+        + (&zero * zero.zeros_like()?.detach())?.sum_all()?
         + (nan * one_nan)?.sum_all()?
         + infinite.recip()?.sum_all()?
         + cut.detach().sum_all()?)?;

@@ -354,6 +354,7 @@ fn train_on_gpus(plan: Plan, gpus: usize) -> Result<Summary> {
         let nccl = parallel::Nccl::new(device.as_cuda_device()?, rank, gpus, id)?;
         plan.run(nccl, device)
     })
+    .inspect_err(|_| parallel::exit_for_sure())
 }
 
 #[cfg(not(feature = "nccl"))]

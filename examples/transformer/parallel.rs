@@ -65,7 +65,7 @@ pub fn check_equal(
 /// Runs `rank(0)` to `rank(ranks - 1)`, each in a thread, and returns what rank 0 does, or the first error.
 ///
 /// Does not wait for the other ranks after an error: they may hang in a collective that the failed one never joins. They
-/// end with the process.
+/// end with the process. Only NCCL needs it outside of tests.
 #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
 pub fn run<T: Send + 'static>(
     ranks: usize,
@@ -90,6 +90,16 @@ pub fn run<T: Send + 'static>(
         }
     }
     first.ok_or_else(|| anyhow!("rank 0 of {ranks} returned nothing"))
+}
+
+/// Ends the process some seconds from now if it has not ended by then: CUDA's own clean-up may wait for a collective that
+/// never ends.
+#[cfg(feature = "nccl")]
+pub fn exit_for_sure() {
+    thread::spawn(|| {
+        thread::sleep(std::time::Duration::from_secs(10));
+        std::process::abort();
+    });
 }
 
 #[cfg(feature = "nccl")]
