@@ -231,7 +231,16 @@ impl Plan {
                 );
                 (settings, Some(checkpoint))
             }
-            _ => (args.source.settings()?, None),
+            (Some(out), false) => {
+                let path = Files::new(out).last();
+                ensure!(
+                    !path.exists(),
+                    "{} belongs to a run: go on with it by --resume, or give --out another directory",
+                    path.display()
+                );
+                (args.source.settings()?, None)
+            }
+            (None, _) => (args.source.settings()?, None),
         };
         let text = args.source.text.as_deref();
         let corpus = Corpus::load(text, settings.context, None)?;

@@ -124,7 +124,7 @@ impl Recorder {
             .with_style(ProgressStyle::with_template(
                 "{bar:30} {human_pos}/{human_len} steps, {msg}, {eta} left",
             )?)
-            .with_message("compiling");
+            .with_message("starting");
         Ok(Self {
             files,
             metrics,

@@ -193,6 +193,13 @@ fn a_run_leaves_its_files() {
     assert_eq!(steps, [0., 5., 10., 12.]);
     // No temporary file is left.
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 5);
+    assert_eq!(
+        message(train_small(&small(&dir, ""))),
+        format!(
+            "{} belongs to a run: go on with it by --resume, or give --out another directory",
+            files.last().display()
+        )
+    );
 }
 
 #[test]
