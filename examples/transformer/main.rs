@@ -15,7 +15,7 @@ mod record;
 mod settings;
 mod train;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{Device, DeviceLocation};
 use checkpoint::Checkpoint;
 use clap::{Args, Parser, Subcommand};
@@ -368,7 +368,7 @@ fn train_on_gpus(plan: Plan, gpus: usize) -> Result<Summary> {
 
 #[cfg(not(feature = "nccl"))]
 fn train_on_gpus(_: Plan, gpus: usize) -> Result<Summary> {
-    bail!("--gpus {gpus}: build with --features nccl for more than one GPU")
+    anyhow::bail!("--gpus {gpus}: build with --features nccl for more than one GPU")
 }
 
 fn sample(args: &SampleArgs) -> Result<String> {
