@@ -85,7 +85,9 @@ fn render(
         .y_label_formatter(&|y| format!("{y:.2}"))
         .draw()?;
     for (i, curve) in curves.iter().enumerate() {
-        let style = ShapeStyle::from(COLOURS[i % COLOURS.len()]).stroke_width(2);
+        // Each narrower than those below it, so that equal curves are all seen.
+        let width = 2 * (curves.len() - i) as u32;
+        let style = ShapeStyle::from(COLOURS[i % COLOURS.len()]).stroke_width(width);
         chart
             .draw_series(LineSeries::new(curve.points.iter().copied(), style))?
             .label(&curve.name)

@@ -30,6 +30,8 @@ pub enum Event {
         /// Of training alone, since the last evaluation.
         tokens_per_second: Option<f64>,
         step_seconds: Option<f64>,
+        /// The same in the quickest stretch of a few steps.
+        quickest_step_seconds: Option<f64>,
         /// Of the process or the GPU, to this moment.
         peak_memory: Option<u64>,
     },

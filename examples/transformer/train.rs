@@ -274,6 +274,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
                     gradient_norm: None,
                     tokens_per_second: None,
                     step_seconds: None,
+                    quickest_step_seconds: None,
                     peak_memory: memory::peak(&self.device),
                 })?;
             }
@@ -295,6 +296,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
                 recorder.step();
                 if self.step.is_multiple_of(READ_LOSS_EVERY) {
                     let loss: f32 = loss.to_scalar()?;
+                    window.end_stretch();
                     recorder.progress(loss.into(), tokens_per_step / window.step_seconds());
                 }
             }
@@ -334,6 +336,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
                         gradient_norm: Some(norm.to_scalar::<f32>()?.into()),
                         tokens_per_second: Some(tokens_per_second),
                         step_seconds: Some(step_seconds),
+                        quickest_step_seconds: window.quickest,
                         peak_memory: memory::peak(&self.device),
                     })?;
                     if recorder.files().is_some() {
@@ -365,6 +368,10 @@ struct Window {
     begin: Instant,
     steps: usize,
     loss: Option<Tensor>,
+    /// When the device was last waited for, and after how many of the steps.
+    stretch: (Instant, usize),
+    /// Seconds a step in the quickest stretch: what else the machine does slows down the others.
+    quickest: Option<f64>,
 }
 
 impl Window {
@@ -373,7 +380,19 @@ impl Window {
             begin: Instant::now(),
             steps: 0,
             loss: None,
+            stretch: (Instant::now(), 0),
+            quickest: None,
         }
+    }
+
+    fn end_stretch(&mut self) {
+        let (begin, steps) = self.stretch;
+        let seconds = begin.elapsed().as_secs_f64() / (self.steps - steps) as f64;
+        self.quickest = Some(
+            self.quickest
+                .map_or(seconds, |quickest| quickest.min(seconds)),
+        );
+        self.stretch = (Instant::now(), self.steps);
     }
 
     fn add(&mut self, loss: &Tensor) -> Result<()> {
