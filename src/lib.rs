@@ -15,6 +15,7 @@ pub mod composed;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod grad_audit;
 mod layer_norm;
 mod op;
 pub mod ops;
@@ -24,6 +25,7 @@ mod problem;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub mod tuning;
 
+pub use grad_audit::{GradAudit, grad_audit};
 pub use layer_norm::{
     LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
 };

@@ -1,12 +1,9 @@
-//! Text as bytes, split into a part to train on and a part held out.
+//! Text as characters, split into a part to train on and a part held out.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use rand::Rng;
-use std::path::Path;
-
-/// A token is a byte.
-pub const VOCAB_SIZE: usize = 256;
+use std::{collections::BTreeSet, path::Path};
 
 /// This crate's own documents and sources.
 const BUILT_IN: &[&str] = &[
@@ -27,25 +24,78 @@ const BUILT_IN: &[&str] = &[
     include_str!("train.rs"),
 ];
 
+/// The characters that the model knows. The id of a character is its place among them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vocabulary(Vec<char>);
+
+impl Vocabulary {
+    /// The characters of `text`, each once, in the order of their code points.
+    pub fn of(text: &str) -> Self {
+        Self(text.chars().collect::<BTreeSet<_>>().into_iter().collect())
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        text.chars()
+            .map(|c| match self.0.binary_search(&c) {
+                Ok(id) => Ok(id as u32),
+                Err(_) => bail!(
+                    "{c:?} is not among the {} characters of the vocabulary",
+                    self.len()
+                ),
+            })
+            .collect()
+    }
+
+    /// `ids` as text for a terminal: control codes are shown as replacement characters.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        ids.iter()
+            .filter_map(|&id| self.0.get(id as usize))
+            .map(|&c| match c {
+                '\n' | '\t' => c,
+                c if c.is_control() => char::REPLACEMENT_CHARACTER,
+                c => c,
+            })
+            .collect()
+    }
+
+    /// All characters in order, from which [`of`](Self::of) makes the vocabulary again.
+    pub fn text(&self) -> String {
+        self.0.iter().collect()
+    }
+}
+
 pub struct Corpus {
-    pub train: Vec<u8>,
-    pub held_out: Vec<u8>,
+    pub train: Vec<u32>,
+    pub held_out: Vec<u32>,
+    pub vocabulary: Vocabulary,
 }
 
 impl Corpus {
-    /// The text in the file at `path`, or the built-in one.
-    pub fn load(path: Option<&Path>, context: usize) -> Result<Self> {
+    /// The text in the file at `path`, or the built-in one, with its characters as the vocabulary unless one is given.
+    pub fn load(
+        path: Option<&Path>,
+        context: usize,
+        vocabulary: Option<Vocabulary>,
+    ) -> Result<Self> {
         let Some(path) = path else {
-            let documents = BUILT_IN.iter().map(|text| text.as_bytes());
-            return Self::split(documents, context).context("the built-in text is too short");
+            return Self::split(BUILT_IN.iter().copied(), context, vocabulary)
+                .context("the built-in text cannot be used");
         };
         let name = path.display();
         let text = std::fs::read(path)
             .with_context(|| format!("cannot read {name}: give --text a readable file"))?;
-        if text.is_empty() {
-            bail!("{name} is empty: give --text a file with text in it");
-        }
-        Self::split([text.as_slice()], context).with_context(|| format!("{name} is too short"))
+        let text = String::from_utf8(text)
+            .with_context(|| format!("{name} is not text in UTF-8: give --text such a file"))?;
+        ensure!(
+            !text.is_empty(),
+            "{name} is empty: give --text a file with text in it"
+        );
+        Self::split([text.as_str()], context, vocabulary)
+            .with_context(|| format!("{name} cannot be used"))
     }
 
     /// Holds out the last tenth of each document.
@@ -53,70 +103,99 @@ impl Corpus {
     /// By position, not at random: text repeats itself nearby, so windows drawn from all of it would let the model see
     /// the surroundings of what it is tested on. In each document, not in all of them joined: the last tenth of that
     /// would be a single file, unlike the others.
-    fn split<'a>(documents: impl IntoIterator<Item = &'a [u8]>, context: usize) -> Result<Self> {
+    fn split<'a>(
+        documents: impl IntoIterator<Item = &'a str>,
+        context: usize,
+        vocabulary: Option<Vocabulary>,
+    ) -> Result<Self> {
+        let documents: Vec<&str> = documents.into_iter().collect();
+        let vocabulary = vocabulary.unwrap_or_else(|| Vocabulary::of(&documents.concat()));
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
         for document in documents {
-            let (head, tail) = document.split_at(document.len() * 9 / 10);
+            let ids = vocabulary.encode(document)?;
+            let (head, tail) = ids.split_at(ids.len() * 9 / 10);
             train.extend_from_slice(head);
             held_out.extend_from_slice(tail);
         }
-        if held_out.len() <= context {
-            bail!(
-                "the tenth that is held out has {} bytes, --context {context} needs {}: give --text a file of at \
-                 least {} bytes or lower --context",
-                held_out.len(),
-                context + 1,
-                10 * context + 1,
-            );
-        }
-        Ok(Self { train, held_out })
+        ensure!(
+            held_out.len() > context,
+            "the tenth that is held out has {} characters, --context {context} needs {}: give --text a file of at least \
+             {} characters or lower --context",
+            held_out.len(),
+            context + 1,
+            10 * context + 1,
+        );
+        Ok(Self {
+            train,
+            held_out,
+            vocabulary,
+        })
+    }
+
+    /// FNV-1a over both parts: tells whether a checkpoint was trained on this text.
+    pub fn fingerprint(&self) -> String {
+        let ids = self.train.iter().chain(&self.held_out);
+        let bytes = ids.flat_map(|id| id.to_le_bytes());
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("{hash:016x}")
     }
 }
 
 /// The windows of `context` tokens that begin at `starts`, and the tokens that follow each of theirs, both
-/// `[starts.len(), context]`.
+/// `[starts.len(), context]`. One upload for both.
 pub fn windows(
-    text: &[u8],
+    ids: &[u32],
     starts: &[usize],
     context: usize,
     device: &Device,
 ) -> candle_core::Result<(Tensor, Tensor)> {
-    let shifted = |shift| {
-        let ids: Vec<u32> = starts
-            .iter()
-            .flat_map(|start| &text[start + shift..][..context])
-            .map(|&byte| u32::from(byte))
-            .collect();
-        Tensor::from_vec(ids, (starts.len(), context), device)
-    };
-    Ok((shifted(0)?, shifted(1)?))
+    let windows: Vec<u32> = starts
+        .iter()
+        .flat_map(|&start| &ids[start..][..=context])
+        .copied()
+        .collect();
+    let windows = Tensor::from_vec(windows, (starts.len(), context + 1), device)?;
+    Ok((
+        windows.narrow(1, 0, context)?.contiguous()?,
+        windows.narrow(1, 1, context)?.contiguous()?,
+    ))
 }
 
-/// Where `count` windows begin, drawn from all of `text`, which must be longer than `context`.
-pub fn random_starts(text: &[u8], count: usize, context: usize, rng: &mut impl Rng) -> Vec<usize> {
+/// Where `count` windows begin, drawn from all of `ids`, which must be longer than `context`.
+pub fn random_starts(ids: &[u32], count: usize, context: usize, rng: &mut impl Rng) -> Vec<usize> {
     (0..count)
-        .map(|_| rng.random_range(..text.len() - context))
+        .map(|_| rng.random_range(..ids.len() - context))
         .collect()
 }
 
-/// Where at most `count` windows begin, spread evenly over `text` without overlap; `text` must be longer than `context`.
-pub fn even_starts(text: &[u8], count: usize, context: usize) -> Vec<usize> {
-    let last = text.len() - context - 1;
-    let count = count.min((text.len() - 1) / context);
-    (0..count).map(|i| i * last / (count - 1).max(1)).collect()
+/// A batch of an evaluation: where its windows begin, and how many tokens each of them has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EvalBatch {
+    pub starts: Vec<usize>,
+    pub context: usize,
 }
 
-/// `ids` as text for a terminal: what is no text is shown as a replacement character.
-pub fn decode(ids: &[u32]) -> String {
-    let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
-    String::from_utf8_lossy(&bytes)
-        .chars()
-        .map(|c| match c {
-            '\n' | '\t' => c,
-            c if c.is_control() => char::REPLACEMENT_CHARACTER,
-            c => c,
+/// Batches that predict each of `len` tokens but the first exactly once.
+pub fn eval_batches(len: usize, context: usize, batch_size: usize) -> Vec<EvalBatch> {
+    let targets = len - 1;
+    let starts: Vec<usize> = (0..targets / context).map(|i| i * context).collect();
+    let mut batches: Vec<EvalBatch> = starts
+        .chunks(batch_size)
+        .map(|starts| EvalBatch {
+            starts: starts.to_vec(),
+            context,
         })
-        .collect()
+        .collect();
+    let rest = targets % context;
+    if rest > 0 {
+        batches.push(EvalBatch {
+            starts: vec![targets - rest],
+            context: rest,
+        });
+    }
+    batches
 }
 
 #[cfg(test)]
@@ -125,48 +204,76 @@ mod tests {
 
     #[test]
     fn the_parts_are_each_document_once_in_order() {
-        let documents: Vec<Vec<u8>> = vec![(0..100).collect(), (100..137).collect()];
-        let corpus = Corpus::split(documents.iter().map(Vec::as_slice), 8).unwrap();
-        assert_eq!(corpus.train, (0..90).chain(100..133).collect::<Vec<u8>>());
+        let text: String = (' '..).take(60).collect();
+        let corpus = Corpus::split([&text[..40], &text[40..]], 4, None).unwrap();
+        let decode = |ids: &[u32]| corpus.vocabulary.decode(ids);
+        assert_eq!(decode(&corpus.train), [&text[..36], &text[40..58]].concat());
         assert_eq!(
-            corpus.held_out,
-            (90..100).chain(133..137).collect::<Vec<u8>>()
+            decode(&corpus.held_out),
+            [&text[36..40], &text[58..]].concat()
         );
     }
 
     #[test]
     fn the_length_that_the_error_names_is_enough() {
-        let text = vec![b'a'; 10 * 64 + 1];
-        assert!(Corpus::split([text.as_slice()], 64).is_ok());
-        assert!(Corpus::split([&text[1..]], 64).is_err());
+        let text = "a".repeat(10 * 64 + 1);
+        assert!(Corpus::split([text.as_str()], 64, None).is_ok());
+        assert!(Corpus::split([&text[1..]], 64, None).is_err());
+    }
+
+    #[test]
+    fn a_vocabulary_survives_and_rejects_what_it_lacks() {
+        let vocabulary = Vocabulary::of("hällo\n");
+        assert_eq!(vocabulary.len(), 5);
+        assert_eq!(Vocabulary::of(&vocabulary.text()), vocabulary);
+        let ids = vocabulary
+            .encode("hallo".replace('a', "ä").as_str())
+            .unwrap();
+        assert_eq!(vocabulary.decode(&ids), "hällo");
+        let error = vocabulary.encode("hallo").unwrap_err().to_string();
+        assert_eq!(error, "'a' is not among the 5 characters of the vocabulary");
     }
 
     #[test]
     fn targets_are_the_next_tokens() {
-        let (ids, targets) = windows(b"abcdefgh", &[0, 4], 3, &Device::Cpu).unwrap();
-        let bytes = |tensor: Tensor| decode(&tensor.flatten_all().unwrap().to_vec1().unwrap());
-        assert_eq!(bytes(ids), "abcefg");
-        assert_eq!(bytes(targets), "bcdfgh");
+        let ids: Vec<u32> = (0..8).collect();
+        let (inputs, targets) = windows(&ids, &[0, 4], 3, &Device::Cpu).unwrap();
+        let values = |tensor: Tensor| tensor.to_vec2::<u32>().unwrap();
+        assert_eq!(values(inputs), [[0, 1, 2], [4, 5, 6]]);
+        assert_eq!(values(targets), [[1, 2, 3], [5, 6, 7]]);
     }
 
     #[test]
-    fn windows_stay_inside_the_text() {
+    fn random_windows_stay_inside_the_text() {
         let mut rng = rand::rng();
         for len in 5..60 {
-            let text = vec![0; len];
-            let even = even_starts(&text, 6, 4);
-            assert_eq!(even.len(), ((len - 1) / 4).min(6), "{len}");
-            assert!(even.windows(2).all(|pair| pair[0] + 4 <= pair[1]), "{len}");
-            let random = random_starts(&text, 100, 4, &mut rng);
-            for starts in [even, random] {
-                windows(&text, &starts, 4, &Device::Cpu).unwrap();
+            let ids = vec![0; len];
+            let starts = random_starts(&ids, 100, 4, &mut rng);
+            windows(&ids, &starts, 4, &Device::Cpu).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_evaluation_predicts_every_token_once() {
+        for len in 5..60 {
+            let mut predicted = vec![0; len];
+            for batch in eval_batches(len, 4, 3) {
+                assert!(batch.starts.len() <= 3);
+                for start in batch.starts {
+                    predicted[start + 1..=start + batch.context]
+                        .iter_mut()
+                        .for_each(|count| *count += 1);
+                }
             }
+            assert_eq!(predicted[0], 0);
+            assert!(predicted[1..].iter().all(|&count| count == 1), "{len}");
         }
     }
 
     #[test]
     fn a_sample_cannot_send_control_codes() {
-        let ids: Vec<u32> = b"a\n\x1b[2J\xff".iter().map(|&b| b.into()).collect();
-        assert_eq!(decode(&ids), "a\n\u{fffd}[2J\u{fffd}");
+        let vocabulary = Vocabulary::of("a\n\x1b[2J");
+        let ids = vocabulary.encode("a\n\x1b[2J").unwrap();
+        assert_eq!(vocabulary.decode(&ids), "a\n\u{fffd}[2J");
     }
 }

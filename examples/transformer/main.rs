@@ -1,26 +1,58 @@
-//! Trains a small GPT on text, byte by byte, and lets it write.
+//! Trains a small GPT on text, character by character, and lets it write.
 //!
-//! `cargo run --release --example transformer -- --help`
+//! `cargo run --release --example transformer -- --help`; README.md beside this file shows runs.
 
+mod checkpoint;
+mod compare;
 mod data;
+mod memory;
 mod model;
+mod ops;
+mod optimizer;
+mod parallel;
+mod plot;
+mod record;
+mod settings;
 mod train;
 
-use anyhow::{Result, ensure};
-use candle_core::{DType, Device, DeviceLocation};
-use candle_nn::{VarBuilder, VarMap};
-use clap::Parser;
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, DeviceLocation};
+use checkpoint::Checkpoint;
+use clap::{Args, Parser, Subcommand};
 use data::Corpus;
 use indicatif::HumanCount;
-use model::{Config, Gpt};
-use rand::{SeedableRng, rngs::StdRng};
-use std::{path::PathBuf, process::ExitCode};
+use model::Sampling;
+use ops::{Purpose, rng};
+use parallel::{Alone, Collective};
+use record::{Files, Recorder};
+use settings::{Overrides, Preset, Settings};
+use std::{path::PathBuf, process::ExitCode, sync::atomic::Ordering, time::Duration};
+use train::{Limits, Summary, Trainer};
 
-/// Trains a small GPT on text, byte by byte, and lets it write.
-// The defaults keep tensors below the 65,536 elements from which candle's CPU backend splits elementwise ops over
-// threads that wait by spinning: on a busy machine that is several times slower.
+/// Trains a small GPT on text, character by character, and lets it write.
 #[derive(Clone, Debug, Parser)]
-struct Args {
+#[command(args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum Command {
+    /// Trains a model; what happens without a subcommand
+    Train(TrainArgs),
+    /// Lets the model of a checkpoint write
+    Sample(SampleArgs),
+    /// Trains with each of the three layer norms from the same seed, and shows the difference
+    Compare(CompareArgs),
+}
+
+/// Where and on what to train.
+#[derive(Clone, Debug, Default, Args)]
+struct Source {
     /// The text to train on, instead of this crate's own sources
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -29,52 +61,50 @@ struct Args {
     #[arg(long)]
     cpu: bool,
 
-    /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 2000)]
-    steps: usize,
+    /// Multiply f32 matrices in TF32 on CUDA: faster, with 10 bits of mantissa
+    #[arg(long)]
+    tf32: bool,
 
-    /// Windows of text in a step
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    batch_size: usize,
+    /// Where to begin: sizes, schedule, batches
+    #[arg(long, default_value = "quick")]
+    preset: Preset,
 
-    /// Bytes in a window, the most that the model looks back on
-    #[arg(long, value_name = "BYTES", default_value_t = 64)]
-    context: usize,
+    #[command(flatten)]
+    overrides: Overrides,
+}
 
-    /// Transformer blocks
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    layers: usize,
+#[derive(Clone, Debug, Args)]
+struct TrainArgs {
+    #[command(flatten)]
+    source: Source,
 
-    /// Attention heads, a divisor of the channels
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    heads: usize,
+    /// Where to put checkpoints, metrics and the loss curve; nothing is written without it
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
 
-    /// Width of the model
-    #[arg(long, value_name = "N", default_value_t = 96)]
-    channels: usize,
+    /// Go on from the last checkpoint in --out, with its settings
+    #[arg(long, requires = "out")]
+    resume: bool,
 
-    /// Highest learning rate, after the warm-up and before the decay
-    #[arg(
-        long,
-        value_name = "RATE",
-        default_value_t = 1.5e-3,
-        allow_negative_numbers = true
-    )]
-    learning_rate: f64,
+    /// Stop after this time, as Ctrl-C does: with a checkpoint, after a whole step
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
+    max_seconds: Option<f64>,
 
-    /// Steps from one evaluation to the next
-    #[arg(long, value_name = "STEPS", default_value_t = 250)]
-    eval_every: usize,
+    /// GPUs to share each batch out to; needs the feature nccl for more than one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: usize,
 
-    /// Decides the first weights, the batches and the sample; on the CPU, all results
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-
-    /// Bytes to write after training
-    #[arg(long, value_name = "BYTES", default_value_t = 400)]
+    /// Characters to write after training
+    #[arg(long, value_name = "CHARS", default_value_t = 400)]
     sample_length: usize,
 
-    /// How freely the sample is written: 0 takes the likeliest byte each time
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+struct SamplingArgs {
+    /// How freely to write: 0 takes the likeliest character each time
     #[arg(
         long,
         value_name = "T",
@@ -82,116 +112,311 @@ struct Args {
         allow_negative_numbers = true
     )]
     temperature: f64,
+
+    /// Pick only among this many of the likeliest characters
+    #[arg(long, value_name = "N")]
+    top_k: Option<usize>,
 }
 
-impl Args {
-    fn validate(&self) -> Result<()> {
-        // The upper bound is beyond every use; it keeps products of sizes from overflowing.
-        for (name, size, max) in [
-            ("steps", self.steps, u32::MAX as usize),
-            ("batch-size", self.batch_size, 1 << 16),
-            ("context", self.context, 1 << 16),
-            ("layers", self.layers, 1 << 16),
-            ("heads", self.heads, 1 << 16),
-            ("channels", self.channels, 1 << 16),
-            ("eval-every", self.eval_every, usize::MAX),
-        ] {
-            ensure!(size > 0, "--{name} is 0: give at least 1");
-            ensure!(size <= max, "--{name} is {size}: give at most {max}");
-        }
-        ensure!(
-            self.channels.is_multiple_of(self.heads),
-            "--channels {} is not divisible by --heads {}: give a multiple",
-            self.channels,
-            self.heads
-        );
-        ensure!(
-            self.learning_rate.is_finite() && self.learning_rate > 0.,
-            "--learning-rate is {}: give a finite number above 0",
-            self.learning_rate
-        );
+#[derive(Clone, Debug, Args)]
+struct SampleArgs {
+    /// The checkpoint: a file, such as DIR/best.safetensors
+    #[arg(value_name = "FILE")]
+    checkpoint: PathBuf,
+
+    /// What to continue
+    #[arg(long, value_name = "TEXT", default_value = "\n")]
+    prompt: String,
+
+    /// Characters to write
+    #[arg(long, value_name = "CHARS", default_value_t = 500)]
+    length: usize,
+
+    /// Decides the sample
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// Use the CPU even where CUDA could be used
+    #[arg(long)]
+    cpu: bool,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+struct CompareArgs {
+    #[command(flatten)]
+    source: Source,
+
+    /// Where to put the files of each run, and the picture
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl SamplingArgs {
+    fn sampling(&self) -> Result<Sampling> {
         ensure!(
             self.temperature.is_finite() && self.temperature >= 0.,
             "--temperature is {}: give a finite number that is 0 or above",
             self.temperature
         );
-        Ok(())
+        ensure!(self.top_k != Some(0), "--top-k is 0: give at least 1");
+        Ok(Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+        })
     }
+}
 
-    fn device(&self) -> Device {
-        if self.cpu {
-            return Device::Cpu;
+fn device(cpu: bool, index: usize) -> Device {
+    if cpu {
+        return Device::Cpu;
+    }
+    Device::cuda_if_available(index).unwrap_or_else(|error| {
+        eprintln!("CUDA cannot be used, going on with the CPU: {error}");
+        Device::Cpu
+    })
+}
+
+fn device_name(device: &Device) -> String {
+    match device.location() {
+        DeviceLocation::Cuda { gpu_id } => format!("CUDA {gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("Metal {gpu_id}"),
+        DeviceLocation::Cpu => "CPU".to_owned(),
+    }
+}
+
+impl Source {
+    /// The settings of a new run.
+    fn settings(&self) -> Result<Settings> {
+        let settings = self.overrides.apply(&self.preset.settings());
+        settings.validate()?;
+        Ok(settings)
+    }
+}
+
+/// A run, ready to begin on any rank.
+#[derive(Clone)]
+struct Plan {
+    args: TrainArgs,
+    settings: Settings,
+    checkpoint: Option<std::sync::Arc<Checkpoint>>,
+    corpus: std::sync::Arc<Corpus>,
+    limits: Limits,
+}
+
+impl Plan {
+    fn new(args: &TrainArgs, limits: Limits) -> Result<Self> {
+        args.sampling.sampling()?;
+        let mut limits = limits;
+        if let Some(seconds) = args.max_seconds {
+            let time = Duration::try_from_secs_f64(seconds);
+            limits.time = Some(time.with_context(|| {
+                format!("--max-seconds is {seconds}: give a finite number that is 0 or above")
+            })?);
         }
-        Device::cuda_if_available(0).unwrap_or_else(|error| {
-            eprintln!("CUDA cannot be used, going on with the CPU: {error}");
-            Device::Cpu
+        let (settings, checkpoint) = match (&args.out, args.resume) {
+            (Some(out), true) => {
+                let path = Files::new(out).last();
+                let checkpoint = Checkpoint::load(&path)?;
+                let settings = checkpoint.progress.settings.clone();
+                let given = args.source.overrides.apply(&settings);
+                let differences = settings.differences(&given);
+                ensure!(
+                    differences.is_empty(),
+                    "{} has other settings: {}; leave them out to go on",
+                    path.display(),
+                    differences.join("; ")
+                );
+                (settings, Some(checkpoint))
+            }
+            (Some(out), false) => {
+                let path = Files::new(out).last();
+                ensure!(
+                    !path.exists(),
+                    "{} belongs to a run: go on with it by --resume, or give --out another directory",
+                    path.display()
+                );
+                (args.source.settings()?, None)
+            }
+            (None, _) => (args.source.settings()?, None),
+        };
+        let text = args.source.text.as_deref();
+        let corpus = Corpus::load(text, settings.context, None)?;
+        if let Some(checkpoint) = &checkpoint {
+            ensure!(
+                checkpoint.vocabulary() == corpus.vocabulary,
+                "the checkpoint has a vocabulary of {} characters, the text has another of {}: give --text the file that \
+                 the run began with",
+                checkpoint.vocabulary().len(),
+                corpus.vocabulary.len()
+            );
+        }
+        #[cfg(feature = "cuda")]
+        candle_core::cuda::set_gemm_reduced_precision_f32(args.source.tf32);
+        Ok(Self {
+            args: args.clone(),
+            settings,
+            checkpoint: checkpoint.map(Into::into),
+            corpus: corpus.into(),
+            limits,
         })
     }
 
-    fn config(&self) -> Config {
-        Config {
-            vocab_size: data::VOCAB_SIZE,
-            context: self.context,
-            layers: self.layers,
-            heads: self.heads,
-            channels: self.channels,
+    /// The part of one rank, from the first step to the sample.
+    fn run(&self, collective: impl Collective, device: Device) -> Result<Summary> {
+        let settings = &self.settings;
+        let (rank, ranks) = (collective.rank(), collective.ranks());
+        let checkpoint = self.checkpoint.as_deref();
+        let mut trainer = Trainer::new(
+            settings,
+            &self.corpus,
+            checkpoint,
+            collective,
+            device.clone(),
+        )?;
+        if rank > 0 {
+            return trainer.run(&self.limits, None);
         }
-    }
+        match ranks {
+            1 => println!("device: {}", device_name(&device)),
+            _ => println!("device: {ranks} GPUs"),
+        }
+        println!(
+            "text: {} characters to train on, {} held out, {} different ones",
+            HumanCount(self.corpus.train.len() as u64),
+            HumanCount(self.corpus.held_out.len() as u64),
+            self.corpus.vocabulary.len()
+        );
+        println!("parameters: {}", HumanCount(trainer.parameters() as u64));
+        let done = checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
+        if done > 0 {
+            println!("going on after step {done}");
+        }
+        let title = format!(
+            "{} layers, {} channels, {} norm, {:?}, seed {}",
+            settings.layers,
+            settings.channels,
+            settings.norm.name(),
+            settings.dtype,
+            settings.seed
+        );
+        let out = self.args.out.as_deref();
+        let mut recorder = Recorder::new(out, title, done, settings.steps)?;
+        let summary = trainer.run(&self.limits, Some(&mut recorder))?;
+        recorder.finish();
 
-    fn train_options(&self) -> train::Options {
-        train::Options {
-            steps: self.steps,
-            batch_size: self.batch_size,
-            learning_rate: self.learning_rate,
-            eval_every: self.eval_every,
+        let seconds = summary.time.as_secs_f64();
+        let tokens = (summary.steps_done * settings.batch_size * settings.context) as f64;
+        println!(
+            "{} of {} steps, {seconds:.1} s of training in this run, {} tokens/s",
+            summary.step,
+            settings.steps,
+            HumanCount((tokens / seconds.max(1e-9)) as u64),
+        );
+        if let Some(best) = &summary.best {
+            println!(
+                "best held-out loss: {:.4} after step {}",
+                best.held_out, best.step
+            );
         }
+        if !summary.finished {
+            match out {
+                Some(_) => println!("stopped early: go on with --resume"),
+                None => println!("stopped early, nothing was saved: give --out to save"),
+            }
+            return Ok(summary);
+        }
+        let vocabulary = &self.corpus.vocabulary;
+        let prompt = vocabulary.encode("\n").unwrap_or_else(|_| vec![0]);
+        let sampling = self.args.sampling.sampling()?;
+        let mut rng = rng(settings.seed, Purpose::Sample, 0, 0);
+        let length = self.args.sample_length;
+        let sample = trainer
+            .gpt()
+            .generate(&prompt, length, sampling, &mut rng)?;
+        println!("sample:\n{}", vocabulary.decode(&sample));
+        Ok(summary)
     }
 }
 
-fn run(args: &Args) -> Result<train::Summary> {
-    args.validate()?;
-    let corpus = Corpus::load(args.text.as_deref(), args.context)?;
-    let device = args.device();
-    let mut rng = StdRng::seed_from_u64(args.seed);
-
-    let varmap = VarMap::new();
-    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &device);
-    let gpt = Gpt::new(args.config(), vb)?;
-    model::init(&varmap, args.layers, &mut rng)?;
-
-    let parameters: usize = varmap.all_vars().iter().map(|var| var.elem_count()).sum();
-    match device.location() {
-        DeviceLocation::Cuda { gpu_id } => println!("device: CUDA {gpu_id}"),
-        DeviceLocation::Metal { gpu_id } => println!("device: Metal {gpu_id}"),
-        DeviceLocation::Cpu => println!("device: CPU"),
+fn train(args: &TrainArgs, limits: Limits) -> Result<Summary> {
+    ensure!(args.gpus > 0, "--gpus is 0: give at least 1");
+    let plan = Plan::new(args, limits)?;
+    if args.gpus == 1 {
+        return plan.run(Alone, device(args.source.cpu, 0));
     }
-    println!(
-        "text: {} bytes to train on, {} held out",
-        HumanCount(corpus.train.len() as u64),
-        HumanCount(corpus.held_out.len() as u64)
+    ensure!(
+        !args.source.cpu,
+        "--gpus {} and --cpu: give one of them",
+        args.gpus
     );
-    println!("parameters: {}", HumanCount(parameters as u64));
+    train_on_gpus(plan, args.gpus)
+}
 
-    let options = args.train_options();
-    let summary = train::train(&gpt, &varmap, &corpus, &options, &device, &mut rng)?;
-    println!(
-        "held-out loss {:.3} before, {:.3} after {} steps; {:.1} s of training, {} tokens/s",
-        summary.before.held_out,
-        summary.after.held_out,
-        args.steps,
-        summary.time.as_secs_f64(),
-        HumanCount(summary.tokens_per_second()),
+#[cfg(feature = "nccl")]
+fn train_on_gpus(plan: Plan, gpus: usize) -> Result<Summary> {
+    let id = cudarc::nccl::Id::new().map_err(parallel::nccl_error)?;
+    parallel::run(gpus, move |rank| {
+        let device = Device::new_cuda(rank).with_context(|| format!("GPU {rank}"))?;
+        let nccl = parallel::Nccl::new(device.as_cuda_device()?, rank, gpus, id)?;
+        plan.run(nccl, device)
+    })
+    .inspect_err(|_| parallel::exit_for_sure())
+}
+
+#[cfg(not(feature = "nccl"))]
+fn train_on_gpus(_: Plan, gpus: usize) -> Result<Summary> {
+    anyhow::bail!("--gpus {gpus}: build with --features nccl for more than one GPU")
+}
+
+fn sample(args: &SampleArgs) -> Result<String> {
+    let sampling = args.sampling.sampling()?;
+    let checkpoint = Checkpoint::load(&args.checkpoint)?;
+    let vocabulary = checkpoint.vocabulary();
+    let prompt = vocabulary
+        .encode(&args.prompt)
+        .context("--prompt cannot be used with this checkpoint")?;
+    ensure!(
+        !prompt.is_empty(),
+        "--prompt is empty: give at least one character"
     );
+    let gpt = checkpoint.model(&device(args.cpu, 0))?;
+    let mut rng = rng(args.seed, Purpose::Sample, 0, 0);
+    let ids = gpt.generate(&prompt, args.length, sampling, &mut rng)?;
+    Ok(vocabulary.decode(&ids))
+}
 
-    let prompt = [u32::from(b'\n')];
-    let sample = gpt.generate(&prompt, args.sample_length, args.temperature, &mut rng)?;
-    println!("sample:\n{}", data::decode(&sample));
-    Ok(summary)
+/// Limits that Ctrl-C sets. A second one ends the process at once.
+fn limits() -> Result<Limits> {
+    let limits = Limits::default();
+    let stop = limits.stop.clone();
+    ctrlc::set_handler(move || {
+        if stop.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("finishing the step");
+    })
+    .context("cannot listen to Ctrl-C")?;
+    Ok(limits)
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        None => train(&cli.train, limits()?).map(drop),
+        Some(Command::Train(args)) => train(args, limits()?).map(drop),
+        Some(Command::Sample(args)) => {
+            println!("{}", sample(args)?);
+            Ok(())
+        }
+        Some(Command::Compare(args)) => compare::run(&args.source, &args.out),
+    }
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(_) => ExitCode::SUCCESS,
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -200,132 +425,4 @@ fn main() -> ExitCode {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    fn args(line: &str) -> Args {
-        Args::try_parse_from(
-            ["transformer", "--cpu"]
-                .into_iter()
-                .chain(line.split_whitespace()),
-        )
-        .unwrap()
-    }
-
-    const SMALL: &str = "--steps 30 --batch-size 4 --context 16 --layers 1 --heads 2 --channels 16 \
-                         --eval-every 10 --sample-length 5 --learning-rate 0.01 --seed 3";
-
-    fn small() -> Args {
-        args(SMALL)
-    }
-
-    #[test]
-    fn the_command_line_is_well_formed() {
-        Args::command().debug_assert();
-    }
-
-    #[test]
-    fn the_loss_falls() {
-        let train::Summary { before, after, .. } = run(&small()).unwrap();
-        // An untrained model spreads its guesses evenly over the bytes.
-        assert!((before.held_out - 256f64.ln()).abs() < 0.1, "{before}");
-        assert!(after.train < before.train - 1., "{before}; {after}");
-        assert!(after.held_out < before.held_out - 1., "{before}; {after}");
-    }
-
-    #[test]
-    fn the_seed_decides_the_losses() {
-        let losses = |args: &Args| run(args).unwrap().after.held_out.to_bits();
-        assert_eq!(losses(&small()), losses(&small()));
-        let other_seed = Args { seed: 4, ..small() };
-        assert_ne!(losses(&small()), losses(&other_seed));
-    }
-
-    #[test]
-    fn bad_arguments_are_one_line_that_says_what_to_do() {
-        for (line, expected) in [
-            ("--steps 0", "--steps is 0: give at least 1"),
-            ("--batch-size 0", "--batch-size is 0: give at least 1"),
-            ("--context 0", "--context is 0: give at least 1"),
-            ("--layers 0", "--layers is 0: give at least 1"),
-            ("--heads 0", "--heads is 0: give at least 1"),
-            ("--channels 0", "--channels is 0: give at least 1"),
-            ("--eval-every 0", "--eval-every is 0: give at least 1"),
-            (
-                "--channels 100000",
-                "--channels is 100000: give at most 65536",
-            ),
-            (
-                "--channels 100 --heads 3",
-                "--channels 100 is not divisible by --heads 3: give a multiple",
-            ),
-            (
-                "--learning-rate inf",
-                "--learning-rate is inf: give a finite number above 0",
-            ),
-            (
-                "--learning-rate 0",
-                "--learning-rate is 0: give a finite number above 0",
-            ),
-            (
-                "--temperature NaN",
-                "--temperature is NaN: give a finite number that is 0 or above",
-            ),
-            (
-                "--temperature -1",
-                "--temperature is -1: give a finite number that is 0 or above",
-            ),
-            (
-                "--text no/such/file",
-                "cannot read no/such/file: give --text a readable file: ",
-            ),
-            (
-                "--context 60000",
-                "the built-in text is too short: the tenth that is held out has ",
-            ),
-        ] {
-            let error = format!("{:#}", run(&args(line)).unwrap_err());
-            assert!(error.starts_with(expected), "{line}: {error}");
-            assert!(!error.contains('\n'), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_text_must_be_long_enough() {
-        let path = std::env::temp_dir().join(format!("transformer-text-{}", std::process::id()));
-        let train_on = |len: usize| {
-            std::fs::write(&path, vec![b'a'; len]).unwrap();
-            let args = Args {
-                text: Some(path.clone()),
-                ..small()
-            };
-            run(&args).map_err(|error| format!("{error:#}"))
-        };
-        let name = path.display();
-        assert_eq!(
-            train_on(0).unwrap_err(),
-            format!("{name} is empty: give --text a file with text in it")
-        );
-        assert_eq!(
-            train_on(160).unwrap_err(),
-            format!(
-                "{name} is too short: the tenth that is held out has 16 bytes, --context 16 needs 17: \
-                 give --text a file of at least 161 bytes or lower --context"
-            )
-        );
-        let enough = train_on(161);
-        std::fs::remove_file(&path).unwrap();
-        enough.unwrap();
-    }
-
-    #[test]
-    fn a_diverging_run_says_so() {
-        let args = Args {
-            learning_rate: 1e30,
-            ..small()
-        };
-        let error = run(&args).unwrap_err().to_string();
-        assert!(error.ends_with("lower --learning-rate"), "{error}");
-    }
-}
+mod tests;
