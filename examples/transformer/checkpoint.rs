@@ -4,6 +4,7 @@ use crate::{
     data::Vocabulary,
     model::{Config, Gpt, named_vars},
     optimizer::{LossScale, OptimizerState},
+    record,
     settings::Settings,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -90,7 +91,7 @@ impl Checkpoint {
             _ => Path::new("."),
         };
         let save = || -> Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(dir)?;
+            let mut file = record::temporary_file(dir)?;
             self.write(file.as_file_mut())?;
             file.as_file().sync_all()?;
             file.persist(path)?;

@@ -86,6 +86,14 @@ pub fn read_metrics(path: &Path) -> Result<Vec<Event>> {
         .collect()
 }
 
+/// A file in `dir` that is removed unless it is renamed, with the permissions that a file has there by default.
+pub fn temporary_file(dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(dir)
+}
+
 /// Takes down the events of a run. Without a directory it only prints them.
 pub struct Recorder {
     files: Option<Files>,
@@ -111,7 +119,7 @@ impl Recorder {
             }
             let name = path.display();
             let open = || -> Result<File> {
-                let mut file = tempfile::NamedTempFile::new_in(dir)?;
+                let mut file = temporary_file(dir)?;
                 for event in &events {
                     writeln!(file, "{}", serde_json::to_string(event)?)?;
                 }

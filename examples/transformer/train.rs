@@ -277,6 +277,9 @@ impl<'a, C: Collective> Trainer<'a, C> {
                     quickest_step_seconds: None,
                     peak_memory: memory::peak(&self.device),
                 })?;
+                if recorder.files().is_some() {
+                    recorder.checkpoint(&self.checkpoint()?, false)?;
+                }
             }
         }
         let mut window = Window::new();
