@@ -37,7 +37,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     valid[k] = frame.column(k * kLanes + t) < cols;
-    own.start(k, load_param_of(frame, weight, k * kLanes + t, 1, valid[k]));
+    own.start(k, load_param_of(frame, weight, k * kLanes + t, 1, frame.vectors(cols)));
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -126,7 +126,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
         for (int o = kWarp / 2; o; o /= 2)
           if (o >= kLanes) sum[i] += __shfl_xor_sync(kFull, sum[i], o);
-      if (lane < kLanes && valid[k]) store_columns(frame, part + warp * cols, k * kLanes + t, sum);
+      store_columns(frame, part + warp * cols, k * kLanes + t, sum, lane < kLanes ? frame.vectors(cols) : 0);
     }
     __syncthreads();
     add_owners<kShifted ? 1 : kVec>(out + int64_t(blockIdx.x) * cols, part, warps, cols, threadIdx.x, blockDim.x);

@@ -69,6 +69,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
     const Share share = share_of(F::vectors(cols), group.rank, group.blocks);
     // This thread's vectors: of the share, and of the row.
     const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
+    const int last = share.begin + share.vectors;
     bool valid[kPer];
     Columns<kVec, kPer> own;
     using C = Chunks<kVec, 2>;
@@ -144,19 +145,18 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
       // No owner has this kind's predecessor beside it.
       const F frame(cols, dx_row);
 #pragma unroll
-      for (int k = 0; k < kPer; k++)
-        if (valid[k]) {
-          Acc zeros[kVec] = {};
-          if (dweight_part) store_columns(frame, dweight_part + part - cols, vector + k * kWarp, zeros);
-          if (dbias_part) store_columns(frame, dbias_part + part - cols, vector + k * kWarp, zeros);
-        }
+      for (int k = 0; k < kPer; k++) {
+        const Acc zeros[kVec] = {};
+        if (dweight_part) store_columns(frame, dweight_part + part - cols, vector + k * kWarp, zeros, last);
+        if (dbias_part) store_columns(frame, dbias_part + part - cols, vector + k * kWarp, zeros, last);
+      }
     }
     int it = 0;
 #pragma unroll 1
     do {
       const F frame(cols, dx_row);
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.start(k, load_param_of(frame, weight, vector + k * kWarp, 1, valid[k]));
+      for (int k = 0; k < kPer; k++) own.start(k, load_param_of(frame, weight, vector + k * kWarp, 1, last));
       const int start = it, stop = kSorted ? own_rows.end_of_kind(it, dx_row) : own_rows.count;
 #pragma unroll 1
       for (; it < min(start + kLag, stop); it++) add_row(frame, it);
@@ -174,8 +174,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
         if (!out) continue;
         if (teams == 1) {
 #pragma unroll
-          for (int k = 0; k < kPer; k++)
-            if (valid[k]) store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
+          for (int k = 0; k < kPer; k++) store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], last);
           continue;
         }
         // The teams' sums in order, through shared memory that the ring no longer needs.
@@ -183,8 +182,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
         Acc* const sums = reinterpret_cast<Acc*>(shared);
         compute_sync(teams * warps);
 #pragma unroll
-        for (int k = 0; k < kPer; k++)
-          if (valid[k]) store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k]);
+        for (int k = 0; k < kPer; k++) store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], last);
         compute_sync(teams * warps);
         add_owners<kShifted ? 1 : kVec>(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
       }

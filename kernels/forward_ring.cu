@@ -89,7 +89,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
   } else {
     // This thread's vectors: of the share, and of the row.
     const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
-    const int limit = share.vectors - first;
+    const int last = share.begin + share.vectors, limit = last - vector;
     const auto valid = [&](int k) {
       int l = limit;
       // Else the compiler keeps the answers for all k, in registers that giant rows do not have.
@@ -184,8 +184,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
       Vec<Param, kVec> w[kPer], b[kPer];
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        w[k] = load_param_of(frame, weight, vector + k * kWarp, 1, valid(k));
-        b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(k));
+        w[k] = load_param_of(frame, weight, vector + k * kWarp, 1, last);
+        b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, last);
       }
       const int stop = own.end_of_kind(it, out_row);
 #pragma unroll 1
@@ -234,8 +234,8 @@ template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(
   for (int k = 0; k < kPer; k++) {
     const int vector = k * kWarp + lane;
     valid[k] = frame.column(vector) < cols;
-    w[k] = load_param_of(frame, weight, vector, 1, valid[k]);
-    b[k] = load_param_of(frame, bias, vector, 0, valid[k]);
+    w[k] = load_param_of(frame, weight, vector, 1, frame.vectors(cols));
+    b[k] = load_param_of(frame, bias, vector, 0, frame.vectors(cols));
     columns += frame.count(vector, vector + 1);
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) C::clear(at);

@@ -97,17 +97,42 @@ __device__ __forceinline__ Share share_of(int vectors, int rank, int blocks) {
   return {begin, min(each, vectors - begin)};
 }
 
-// Of a vector that is not whole: its values one by one.
+// Among the kVec lanes of an aligned group: lane i gets element i of each lane's values. Where a row does not start on 16 bytes, values that
+// lie side by side are then read and written by lanes side by side.
+template <int kVec> __device__ __forceinline__ void transpose(Acc (&f)[kVec]) {
+#pragma unroll
+  for (int s = 1; s < kVec; s *= 2) {
+    const bool upper = threadIdx.x & s;
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      if (i & s) continue;
+      const Acc got = __shfl_xor_sync(kFull, upper ? f[i] : f[i | s], s);
+      if (upper) f[i] = got;
+      else f[i | s] = got;
+    }
+  }
+}
+// The column of element j of lane i's transposed values.
 template <int kVec, bool kShifted>
-__device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent,
-                                                          bool valid) {
-  const int c = frame.column(vector);
+__device__ __forceinline__ int transposed_column(const Frame<kVec, kShifted>& frame, int vector, int j) {
+  const int i = threadIdx.x % kVec;
+  return frame.column(vector - i + j) + i;
+}
+
+// weight or bias for a vector before vector `end`, else zeros. All lanes of the warp call it, for vectors side by side.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent, int end) {
   if constexpr (!kShifted) {
-    return valid ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
+    return vector < end ? load_param<kVec>(p, frame.column(vector), absent) : filled<Param, kVec>(0);
   } else {
     Acc f[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = !valid || !frame.holds(c + i) ? Acc(0) : p ? widen(__ldg(p + c + i)) : absent;
+    for (int j = 0; j < kVec; j++) {
+      const int c = transposed_column(frame, vector, j);
+      f[j] = !frame.holds(c) ? Acc(0) : p ? widen(__ldg(p + c)) : absent;
+    }
+    transpose(f);
+    if (vector >= end) return filled<Param, kVec>(0);
     return Vec<Param, kVec>::of(f);
   }
 }
@@ -125,16 +150,23 @@ __device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* 
   }
 }
 
-// Stores a vector's sums for dweight or dbias at the row of sums `out`.
+// Stores the sums for dweight or dbias of a vector before vector `end` at the row of sums `out`. All lanes of the warp call it, for vectors
+// side by side.
 template <int kVec, bool kShifted>
-__device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame, Acc* out, int vector, const Acc (&f)[kVec]) {
-  const int c = frame.column(vector);
+__device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame, Acc* out, int vector, const Acc (&f)[kVec], int end) {
   if constexpr (!kShifted) {
-    store_acc<kVec>(out + c, f);
+    if (vector < end) store_acc<kVec>(out + frame.column(vector), f);
   } else {
+    Acc g[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; i++)
-      if (frame.holds(c + i)) out[c + i] = f[i];
+    for (int i = 0; i < kVec; i++) g[i] = f[i];
+    transpose(g);
+    const int first = vector - int(threadIdx.x % kVec);
+#pragma unroll
+    for (int j = 0; j < kVec; j++) {
+      const int c = transposed_column(frame, vector, j);
+      if (first + j < end && frame.holds(c)) out[c] = g[j];
+    }
   }
 }
 

@@ -661,8 +661,10 @@ impl<'a> Planner<'a> {
             }
             Regime::Split => choice(
                 SPLIT_THREADS / WARP,
-                // Three blocks a multiprocessor: 1 or 2 leave memory idle, more meet in L2.
-                (3 * self.device.multiprocessors).min(self.most_split_blocks(kernel)),
+                // 16 x 4194304: forward 221 us with two blocks a multiprocessor, 244, 245, 235 with 1, 3, 4; backward 344 us with
+                // one, 347, 356, 350 with 2, 3, 4 (f32; in bf16 121 and 182, in the same order).
+                ((3 - self.tensors) * self.device.multiprocessors)
+                    .min(self.most_split_blocks(kernel)),
             ),
         }
     }
@@ -700,6 +702,7 @@ impl<'a> Planner<'a> {
                 Regime::Split => &[
                     self.device.multiprocessors,
                     2 * self.device.multiprocessors,
+                    3 * self.device.multiprocessors,
                     4 * self.device.multiprocessors,
                 ],
                 _ => &[],

@@ -122,19 +122,20 @@ fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts>
         get(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         get(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
     );
+    let base = ptx::base(op, capability)?;
     Ok(DeviceFacts {
         multiprocessors: get(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         shared_per_block: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         shared_per_multiprocessor: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
             as usize,
-        max_cluster: match (ptx::base(op, capability)?, capability.0) {
+        max_cluster: match (base, capability.0) {
             (..90, _) => 1,
             // Of 16 blocks: data-center parts only.
             (_, 9 | 10) => 16,
             _ => 8,
         },
         cooperative: get(A::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? != 0,
-        base: ptx::base(op, capability)?,
+        base,
     })
 }
 
