@@ -97,42 +97,16 @@ __device__ __forceinline__ Share share_of(int vectors, int rank, int blocks) {
   return {begin, min(each, vectors - begin)};
 }
 
-// Among the kVec lanes of an aligned group: lane i gets element i of each lane's values. Where a row does not start on 16 bytes, values that
-// lie side by side are then read and written by lanes side by side.
-template <int kVec> __device__ __forceinline__ void transpose(Acc (&f)[kVec]) {
-#pragma unroll
-  for (int s = 1; s < kVec; s *= 2) {
-    const bool upper = threadIdx.x & s;
-#pragma unroll
-    for (int i = 0; i < kVec; i++) {
-      if (i & s) continue;
-      const Acc got = __shfl_xor_sync(kFull, upper ? f[i] : f[i | s], s);
-      if (upper) f[i] = got;
-      else f[i | s] = got;
-    }
-  }
-}
-// The column of element j of lane i's transposed values.
-template <int kVec, bool kShifted>
-__device__ __forceinline__ int transposed_column(const Frame<kVec, kShifted>& frame, int vector, int j) {
-  const int i = threadIdx.x % kVec;
-  return frame.column(vector - i + j) + i;
-}
-
-// weight or bias for a vector before vector `end`, else zeros. All lanes of the warp call it, for vectors side by side.
+// weight or bias for a vector before vector `end`, else zeros.
 template <int kVec, bool kShifted>
 __device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent, int end) {
+  const int c = frame.column(vector);
   if constexpr (!kShifted) {
-    return vector < end ? load_param<kVec>(p, frame.column(vector), absent) : filled<Param, kVec>(0);
+    return vector < end ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
   } else {
     Acc f[kVec];
 #pragma unroll
-    for (int j = 0; j < kVec; j++) {
-      const int c = transposed_column(frame, vector, j);
-      f[j] = !frame.holds(c) ? Acc(0) : p ? widen(__ldg(p + c)) : absent;
-    }
-    transpose(f);
-    if (vector >= end) return filled<Param, kVec>(0);
+    for (int i = 0; i < kVec; i++) f[i] = vector >= end || !frame.holds(c + i) ? Acc(0) : p ? widen(__ldg(p + c + i)) : absent;
     return Vec<Param, kVec>::of(f);
   }
 }
@@ -150,22 +124,44 @@ __device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* 
   }
 }
 
+// Among the kVec lanes of an aligned group: lane i gets element i of each lane's values.
+template <int kVec> __device__ __forceinline__ void transpose(Acc (&f)[kVec]) {
+#pragma unroll
+  for (int s = 1; s < kVec; s *= 2) {
+    const bool upper = threadIdx.x & s;
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      if (i & s) continue;
+      const Acc got = __shfl_xor_sync(kFull, upper ? f[i] : f[i | s], s);
+      if (upper) f[i] = got;
+      else f[i | s] = got;
+    }
+  }
+}
+
 // Stores the sums for dweight or dbias of a vector before vector `end` at the row of sums `out`. All lanes of the warp call it, for vectors
 // side by side.
 template <int kVec, bool kShifted>
 __device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame, Acc* out, int vector, const Acc (&f)[kVec], int end) {
   if constexpr (!kShifted) {
     if (vector < end) store_acc<kVec>(out + frame.column(vector), f);
-  } else {
+  } else if constexpr (kVec == 8) {
+    // Eight sums that lie 32 bytes from the next lane's would each write a part of a sector: eight lanes write the whole of it.
     Acc g[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; i++) g[i] = f[i];
     transpose(g);
-    const int first = vector - int(threadIdx.x % kVec);
+    const int i = threadIdx.x % kVec, first = vector - i;
 #pragma unroll
     for (int j = 0; j < kVec; j++) {
-      const int c = transposed_column(frame, vector, j);
+      const int c = frame.column(first + j) + i;
       if (first + j < end && frame.holds(c)) out[c] = g[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      const int c = frame.column(vector) + i;
+      if (vector < end && frame.holds(c)) out[c] = f[i];
     }
   }
 }
