@@ -7,7 +7,9 @@
 //!
 //! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
 //! evicts L2 and hides the host's latency; the roofline is the better of two copies (forward) or adds (backward) of
-//! 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the roofline is a parallel copy or add.
+//! 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the calls that are compared take turns:
+//! `kernel` writes memory that is there, `ours` is the whole op, whose outputs are fresh, and the roofline is the faster of
+//! two parallel copies or adds over memory that is there. benches/README.md has the comparison with PyTorch.
 //! CUDA_CACHE_DISABLE=1 shows what a first call costs where the driver has not compiled the kernels before.
 //! Before a time is reported, the result is compared with the composed ops in f64.
 
@@ -158,6 +160,9 @@ fn main() -> Result<()> {
                     if let Some(us) = row.wall_us {
                         line["wall_us"] = us.into();
                     }
+                    if device.is_cpu() {
+                        line["threads"] = rayon::current_num_threads().into();
+                    }
                     writeln!(json, "{line}")?;
                 }
             }
@@ -166,20 +171,22 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn open(args: &Args) -> Result<(Device, Box<dyn Bench>)> {
+fn open(args: &Args) -> Result<(Device, Option<Box<dyn Bench>>)> {
+    #[cfg(not(feature = "cuda"))]
+    let _ = args;
     #[cfg(feature = "cuda")]
     if !args.cpu {
         match Device::new_cuda(0) {
             Ok(device) => {
                 let machine = cuda::Cuda::new(&device, args.reps)?;
                 println!("{}", machine.name());
-                return Ok((device, Box::new(machine)));
+                return Ok((device, Some(Box::new(machine))));
             }
             Err(error) => println!("no CUDA device, timing the CPU: {error}"),
         }
     }
     println!("CPU, {} threads", rayon::current_num_threads());
-    Ok((Device::Cpu, Box::new(cpu::Cpu::new(args.reps))))
+    Ok((Device::Cpu, None))
 }
 
 /// What the first forward and the first backward of a process wait for: the driver compiles their PTX, or finds it in its cache.
@@ -219,7 +226,7 @@ struct Row {
 
 fn measure(
     args: &Args,
-    machine: &mut dyn Bench,
+    machine: Option<&mut Box<dyn Bench>>,
     device: &Device,
     dtype: DType,
     rows: usize,
@@ -241,6 +248,9 @@ fn measure(
     drop(y);
 
     let bytes = rows * cols * dtype.size_in_bytes();
+    let Some(machine) = machine else {
+        return measure_cpu(args, &x, &weight, &bias, &dy, &backward, bytes);
+    };
     let mut out = Vec::new();
     let roof = machine.roof(1, bytes)?;
     let row = |dir, name, us, roof, wall_us| Row {
@@ -310,6 +320,62 @@ fn measure(
         out.push(row("bwd", "candle_slow", us, Some(roof), None));
     }
     Ok(out)
+}
+
+/// Kernels over memory that is there, and whole ops, whose outputs are fresh, in turns.
+fn measure_cpu(
+    args: &Args,
+    x: &Var,
+    weight: &Var,
+    bias: &Var,
+    dy: &Tensor,
+    backward: &dyn Fn(&Tensor) -> Result<bench::Gradients, candle_core::Error>,
+    bytes: usize,
+) -> Result<Vec<Row>> {
+    let rows = x.dim(0)?;
+    let statistics_dtype = match x.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let mean = Tensor::zeros(rows, statistics_dtype, &Device::Cpu)?;
+    let rstd = Tensor::ones(rows, statistics_dtype, &Device::Cpu)?;
+    let (mut forward_kernel, mut backward_kernel) = (
+        bench::cpu_forward(x, weight, bias, EPS)?,
+        bench::cpu_backward(x, weight, &mean, &rstd, dy)?,
+    );
+    let mut turns = cpu::Turns::new(args.reps);
+    turns.add_roofs("fwd", bytes);
+    turns.add("fwd", "kernel", || Ok(forward_kernel()?));
+    turns.add("fwd", "ours", || {
+        let _ = bench::layer_norm(x, weight, bias, EPS)?;
+        Ok(())
+    });
+    if weight.dtype() == x.dtype() && x.dtype() != DType::F64 {
+        turns.add("fwd", "candle_fused", || {
+            candle_nn::ops::layer_norm(x, weight, bias, EPS as f32)?;
+            Ok(())
+        });
+    }
+    turns.add_roofs("bwd", bytes);
+    turns.add("bwd", "kernel", || Ok(backward_kernel()?));
+    turns.add("bwd", "ours", || {
+        backward(dy)?;
+        Ok(())
+    });
+    if args.slow {
+        turns.add_for(3, "fwd", "candle_slow", || {
+            candle_nn::ops::layer_norm_slow(x, weight, bias, EPS as f32)?;
+            Ok(())
+        });
+        // The graph's own part: what candle's backward does for sum(y * dy) before it reaches the norm is in it too.
+        let y = candle_nn::ops::layer_norm_slow(x, weight, bias, EPS as f32)?;
+        let loss = (y * dy)?.sum_all()?;
+        turns.add_for(3, "bwd", "candle_slow", move || {
+            loss.backward()?;
+            Ok(())
+        });
+    }
+    turns.run()
 }
 
 /// Compares results with the composed ops in f64, by the norm of the difference.

@@ -1,12 +1,14 @@
 //! What `benches/` and `examples/tune.rs` need and a model does not: the backward pass on its own, and choosing kernels. Not part of
 //! the public API.
 
-use crate::op::NormOp;
+use crate::cpu::{BackwardPass, Element, ForwardPass};
+use crate::op::{BackwardArgs, NormOp};
 pub use crate::plan::{Access, Choice};
-use crate::problem::Problem;
+use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::Direction;
-use candle_core::{CustomOp3, Result, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Storage, Tensor, bail};
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 /// The gradients of xs, weight and bias, as far as they are tracked.
@@ -27,6 +29,80 @@ pub fn layer_norm(
     Ok((ys, move |dy: &Tensor| {
         op.bwd(&xs, &weight, &bias, &result, dy)
     }))
+}
+
+/// A pass that runs again and again over the same memory.
+pub type Kernel = Box<dyn FnMut() -> Result<()>>;
+
+/// The CPU's forward pass over contiguous tensors, without what a call of the op adds to it: its outputs are there and touched.
+pub fn cpu_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, eps)?;
+    let [xs, weight, bias] = [xs, weight, bias].map(Tensor::clone);
+    dispatch!("CPU", problem, T, P => {
+        let mut ys = touched::<T>(xs.elem_count());
+        let mut mean = touched::<<T as Element>::Acc>(problem.rows);
+        let mut rstd = touched::<<T as Element>::Acc>(problem.rows);
+        Ok(Box::new(move || {
+            let [xs, weight, bias] = [&xs, &weight, &bias].map(Tensor::storage_and_layout);
+            let pass = ForwardPass::<T, P>::new(
+                &problem,
+                (on_cpu(&xs.0)?, xs.1),
+                Some((on_cpu(&weight.0)?, weight.1)),
+                Some((on_cpu(&bias.0)?, bias.1)),
+            )?;
+            pass.run(&mut ys, &mut mean, &mut rstd);
+            Ok(())
+        }))
+    })
+}
+
+/// The CPU's backward pass, for all three gradients, in the same way. `mean` and `rstd` are `[rows]`.
+pub fn cpu_backward(
+    xs: &Tensor,
+    weight: &Tensor,
+    mean: &Tensor,
+    rstd: &Tensor,
+    dy: &Tensor,
+) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, true, 0.)?;
+    let operands = [xs, weight, mean, rstd, dy].map(Tensor::clone);
+    let wanted = Wanted {
+        dx: true,
+        dweight: true,
+        dbias: true,
+    };
+    dispatch!("CPU", problem, T, P => {
+        let mut dx = touched::<T>(xs.elem_count());
+        let mut dweight = touched::<P>(problem.cols);
+        let mut dbias = touched::<P>(problem.cols);
+        Ok(Box::new(move || {
+            let locked = operands.each_ref().map(Tensor::storage_and_layout);
+            let operand = |index: usize| -> Result<(&CpuStorage, &Layout)> {
+                Ok((on_cpu(&locked[index].0)?, locked[index].1))
+            };
+            let args = BackwardArgs {
+                x: operand(0)?,
+                weight: Some(operand(1)?),
+                mean: Some(operand(2)?),
+                rstd: operand(3)?,
+                dy: operand(4)?,
+            };
+            let pass = BackwardPass::<T, P>::new(&problem, &args, wanted)?;
+            pass.run(&mut dx, &mut dweight, &mut dbias);
+            Ok(())
+        }))
+    })
+}
+
+fn touched<T: Copy + num_traits::One>(len: usize) -> Vec<MaybeUninit<T>> {
+    vec![MaybeUninit::new(T::one()); len]
+}
+
+fn on_cpu(storage: &Storage) -> Result<&CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => bail!("expected tensors on the CPU"),
+    }
 }
 
 /// What a call may choose from.

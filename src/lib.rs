@@ -7,13 +7,14 @@
 //! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> one launch (two for rows longer than
 //! the resident blocks hold), and one that adds partial dweight and dbias -> tensors.
 #![warn(missing_docs)]
-#![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
+#![deny(unsafe_code)]
 
 #[doc(hidden)]
 pub mod bench;
 pub mod composed;
 mod cpu;
 #[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
 mod cuda;
 mod grad_audit;
 mod layer_norm;

@@ -9,9 +9,17 @@ use common::case::{Case, Dtypes, Kind, Outputs};
 use common::compare::assert_same_bits;
 use common::devices::devices;
 
-/// One shape for each way of dividing the work: serial, blocks of rows (one uneven), segments of few wide rows, and
-/// more rows than a grid's second axis has.
-const SHAPES: [[usize; 2]; 7] = [
+/// Shapes for each way of dividing the work: serial, blocks of rows (one uneven), segments of few wide rows, more rows
+/// than a grid's second axis has, and both sides of where the CPU changes from rows to columns, by the number of rows, by
+/// the width, and where a group holds some of the rows.
+const SHAPES: [[usize; 2]; 14] = [
+    [255, 1024],
+    [256, 1024],
+    [255, 1023],
+    [260, 32767],
+    [260, 32768],
+    [16, 4097],
+    [7, 270001],
     [5, 33],
     [521, 768],
     [37, 3001],

@@ -1,31 +1,53 @@
 //! The CPU backend: who computes which rows, and in which order partial sums are added.
 //!
-//! Two ways to divide the work. *By rows*: a task takes consecutive rows. *By columns*, for few wide rows: each row's
-//! segments are tasks. How a row's sums are associated depends on the segments alone, and how dweight and dbias are,
-//! on the problem's shape alone, so that results are the same for any number of threads.
+//! Two ways to divide the work. *By rows*: a task takes consecutive rows. *By columns*, for few or wide rows: a task
+//! takes some columns of a group of rows. How a row's sums are associated depends on its segments alone, and how dweight
+//! and dbias are, on the problem's shape alone, so that results are the same for any number of threads.
 
 mod element;
+#[allow(unsafe_code)]
+mod memory;
 mod row;
+mod simd;
 
 use crate::op::{self, BackwardArgs, Forward, Gradients};
 use crate::problem::{Problem, Wanted, dispatch};
 use candle_core::{CpuStorage, Result, bail};
-use element::Element;
+pub(crate) use element::Element;
+use element::{Acc, Sums};
+use memory::{Fresh, zeroed};
 use rayon::prelude::*;
-use row::{GradientScales, Params, RowStatistics, SEGMENT};
+use row::{Buffers, GradientRow, GradientScales, Moments, Param, RowStatistics, SEGMENT};
+use std::iter::zip;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Below this many elements a call runs on the calling thread: waking the pool costs more.
+/// Up to this many elements a call runs on the calling thread: waking the pool costs more.
 const SERIAL_ELEMENTS: usize = 32 * 1024;
-/// What a task of consecutive rows should hold at least.
+/// What a task should hold at least.
 const TASK_ELEMENTS: usize = 16 * 1024;
+/// Tasks for each thread, to even out what the machine does beside.
+const TASKS_PER_THREAD: usize = 16;
+/// Elements of a group of rows, for each thread: what is read twice is found in the last-level cache.
+const GROUP_ELEMENTS: usize = 1024 * 1024;
+/// Rows of a group at least. Sums over rows are written and read once a group: for fewer rows that costs more than to read
+/// x and dy twice.
+const ROWS_PER_GROUP: usize = 4;
 /// At most this many blocks of rows keep their own partial dweight and dbias.
 const MAX_PARTIALS: usize = 64;
 /// Rows a partial stands for at least: it is written and read once, like two rows.
 const ROWS_PER_PARTIAL: usize = 16;
+/// Up to this many columns, a copy of weight and bias in f32 stays in the second-level cache.
+const WIDENED_COLUMNS: usize = 32 * 1024;
+/// Columns whose sums over rows stay in the first-level cache.
+const STRIP: usize = 1024;
+
+/// Of weight and of bias.
+type Pair<'a, T> = (&'a mut [T], &'a mut [T]);
 
 type Operand<'a> = op::Operand<'a, CpuStorage>;
 
+#[allow(unsafe_code)]
 pub(crate) fn forward(
     problem: &Problem,
     x: Operand<'_>,
@@ -34,36 +56,43 @@ pub(crate) fn forward(
     keep: bool,
 ) -> Result<Forward<CpuStorage>> {
     dispatch!("CPU", problem, T, P => {
-        let x = slice::<T>(problem, x)?;
-        let weight = weight.map(|w| slice::<P>(problem, w)).transpose()?;
-        let bias = bias.map(|b| slice::<P>(problem, b)).transpose()?;
-        let params = Params::new(weight, bias);
-        Ok(forward_typed(problem, x, &params, keep))
+        let pass = ForwardPass::<T, P>::new(problem, x, weight, bias)?;
+        let rows = problem.rows;
+        let means = if keep && problem.remove_mean { rows } else { 0 };
+        let mut ys = Fresh::new(pass.x.len());
+        let mut statistics = Fresh::new(means + if keep { rows } else { 0 });
+        let (mean, rstd) = statistics.slots().split_at_mut(means);
+        pass.run(ys.slots(), mean, rstd);
+        Ok(Forward {
+            // SAFETY: `run` writes all of its outputs.
+            ys: T::to_storage(unsafe { ys.assume_written() }),
+            // SAFETY: the same.
+            statistics: keep.then(|| <T as Element>::Acc::to_storage(unsafe { statistics.assume_written() })),
+        })
     })
 }
 
+#[allow(unsafe_code)]
 pub(crate) fn backward(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
     wanted: Wanted,
 ) -> Result<Gradients<CpuStorage>> {
     dispatch!("CPU", problem, T, P => {
-        type A = <T as Element>::Acc;
-        let weight = args.weight.map(|w| slice::<P>(problem, w)).transpose()?;
-        let mean = args.mean.map(|m| slice::<A>(problem, m)).transpose()?;
-        let stats: Vec<_> = slice::<A>(problem, args.rstd)?
-            .iter()
-            .enumerate()
-            .map(|(row, &rstd)| RowStatistics { mean: mean.map_or(0., |mean| mean[row]), rstd })
-            .collect();
-        Ok(backward_typed::<T, P>(Backward {
-            problem,
-            wanted,
-            x: slice(problem, args.x)?,
-            dy: slice(problem, args.dy)?,
-            params: &Params::<A>::new::<P>(weight, None),
-            stats: &stats,
-        }))
+        let pass = BackwardPass::<T, P>::new(problem, args, wanted)?;
+        let room = |wanted, len| if wanted { len } else { 0 };
+        let mut dx = Fresh::new(room(wanted.dx, pass.x.len()));
+        let mut dweight = Fresh::new(room(wanted.dweight, problem.cols));
+        let mut dbias = Fresh::new(room(wanted.dbias, problem.cols));
+        pass.run(dx.slots(), dweight.slots(), dbias.slots());
+        Ok(Gradients {
+            // SAFETY: `run` writes all of its outputs.
+            dx: wanted.dx.then(|| T::to_storage(unsafe { dx.assume_written() })),
+            // SAFETY: the same.
+            dweight: wanted.dweight.then(|| P::to_storage(unsafe { dweight.assume_written() })),
+            // SAFETY: the same.
+            dbias: wanted.dbias.then(|| P::to_storage(unsafe { dbias.assume_written() })),
+        })
     })
 }
 
@@ -80,257 +109,563 @@ fn slice<'a, T: Element>(problem: &Problem, (storage, layout): Operand<'a>) -> R
     }
 }
 
-fn forward_typed<T: Element>(
-    problem: &Problem,
-    x: &[T],
-    params: &Params<'_, T::Acc>,
-    keep: bool,
-) -> Forward<CpuStorage> {
-    let (rows, cols) = (problem.rows, problem.cols);
-    let mut y = bytemuck::allocation::zeroed_vec::<T>(rows * cols);
-    let mut stats = vec![RowStatistics::of_empty_row(problem); rows];
-    if problem.is_empty() {
-        // ys has no elements, and the statistics of an empty row are set.
-    } else if rows * cols <= SERIAL_ELEMENTS {
-        forward_rows(problem, x, params, &mut y, &mut stats);
-    } else if by_columns(problem) {
-        for ((x, y), stats) in x.chunks(cols).zip(y.chunks_mut(cols)).zip(&mut stats) {
-            *stats = row::statistics_parallel(problem, x);
-            y.par_chunks_mut(SEGMENT)
-                .zip(x.par_chunks(SEGMENT))
-                .enumerate()
-                .for_each(|(segment, (y, x))| {
-                    let params = params.from(segment * SEGMENT);
-                    row::dispatch(
-                        #[inline(always)]
-                        || row::normalize(x, *stats, &params, y),
-                    );
-                });
-        }
+/// How many threads a call of so many elements uses. Its results do not depend on it.
+fn threads_for(elements: usize) -> usize {
+    if elements <= SERIAL_ELEMENTS {
+        1
     } else {
-        let task_rows = TASK_ELEMENTS.div_ceil(cols);
-        (
-            x.par_chunks(task_rows * cols),
-            y.par_chunks_mut(task_rows * cols),
-            stats.par_chunks_mut(task_rows),
-        )
-            .into_par_iter()
-            .for_each(|(x, y, stats)| forward_rows(problem, x, params, y, stats));
-    }
-    let statistics = keep.then(|| {
-        let means = stats.iter().map(|s| s.mean).filter(|_| problem.remove_mean);
-        T::Acc::to_storage(means.chain(stats.iter().map(|s| s.rstd)).collect())
-    });
-    Forward {
-        ys: T::to_storage(y),
-        statistics,
+        rayon::current_num_threads()
     }
 }
 
-fn forward_rows<T: Element>(
-    problem: &Problem,
-    x: &[T],
-    params: &Params<'_, T::Acc>,
-    y: &mut [T],
-    stats: &mut [RowStatistics<T::Acc>],
-) {
-    let cols = problem.cols;
-    row::dispatch(
-        #[inline(always)]
-        || {
-            for ((x, y), stats) in x.chunks(cols).zip(y.chunks_mut(cols)).zip(stats) {
-                *stats = row::statistics(problem, x);
-                row::normalize(x, *stats, params, y);
+/// Runs `f` in the pool, if there is work for it: phases that follow each other wake its threads once.
+fn in_pool<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+    if threads == 1 {
+        f()
+    } else {
+        rayon::scope(|_| f())
+    }
+}
+
+fn for_each<T: Send>(threads: usize, tasks: Vec<T>, f: impl Fn(T) + Sync + Send) {
+    if threads == 1 {
+        tasks.into_iter().for_each(f);
+    } else {
+        tasks.into_par_iter().for_each(f);
+    }
+}
+
+/// `f` of 0 to `len`, in order, of which a task takes at least `at_least`.
+fn collect<R: Send>(
+    threads: usize,
+    len: usize,
+    at_least: usize,
+    f: impl Fn(usize) -> R + Sync + Send,
+) -> Vec<R> {
+    if threads == 1 {
+        (0..len).map(f).collect()
+    } else {
+        let indices = (0..len).into_par_iter();
+        indices.with_min_len(at_least).map(f).collect()
+    }
+}
+
+/// `values` in chunks, or as many empty slices if it is empty.
+fn chunks_of<A>(values: &mut [A], len: usize, count: usize) -> impl Iterator<Item = &mut [A]> {
+    let mut chunks = values.chunks_mut(len);
+    (0..count).map(move |_| chunks.next().unwrap_or_default())
+}
+
+/// Tasks of whole rows.
+fn rows_per_task(problem: &Problem, threads: usize) -> usize {
+    let Problem { rows, cols, .. } = *problem;
+    rows.div_ceil(threads * TASKS_PER_THREAD)
+        .max(TASK_ELEMENTS.div_ceil(cols))
+}
+
+/// Rows whose elements the last-level cache holds, of `operands` tensors: none if it does not hold one.
+fn rows_per_group(problem: &Problem, threads: usize, operands: usize) -> usize {
+    threads * GROUP_ELEMENTS / (operands * problem.cols)
+}
+
+/// What one forward pass reads, in Rust types.
+pub(crate) struct ForwardPass<'a, T, P: Element> {
+    problem: &'a Problem,
+    x: &'a [T],
+    weight: Param<'a, P>,
+    bias: Param<'a, P>,
+}
+
+impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
+    pub fn new(
+        problem: &'a Problem,
+        x: Operand<'a>,
+        weight: Option<Operand<'a>>,
+        bias: Option<Operand<'a>>,
+    ) -> Result<Self> {
+        let param = |operand: Option<Operand<'a>>| operand.map(|p| slice(problem, p)).transpose();
+        Ok(Self {
+            problem,
+            x: slice(problem, x)?,
+            weight: Param::weight(param(weight)?),
+            bias: Param::bias(param(bias)?),
+        })
+    }
+
+    /// Writes all of `y`, and of `mean` and `rstd`, which are empty where they are not kept.
+    pub fn run(
+        &self,
+        y: &mut [MaybeUninit<T>],
+        mean: &mut [MaybeUninit<T::Acc>],
+        rstd: &mut [MaybeUninit<T::Acc>],
+    ) {
+        // Half weights are converted once, where that is little beside the rows.
+        let Problem { rows, cols, .. } = *self.problem;
+        if size_of::<P>() < size_of::<T::Acc>() && rows >= 4 && cols <= WIDENED_COLUMNS {
+            let (weight, bias) = (self.weight.widened(), self.bias.widened());
+            let pass = ForwardPass::<T, T::Acc> {
+                problem: self.problem,
+                x: self.x,
+                weight: Param::weight(weight.as_deref()),
+                bias: Param::bias(bias.as_deref()),
+            };
+            pass.divide(y, mean, rstd);
+        } else {
+            self.divide(y, mean, rstd);
+        }
+    }
+
+    /// On one thread, by rows or by columns.
+    fn divide(
+        &self,
+        y: &mut [MaybeUninit<T>],
+        mean: &mut [MaybeUninit<T::Acc>],
+        rstd: &mut [MaybeUninit<T::Acc>],
+    ) {
+        let Problem { rows, cols, .. } = *self.problem;
+        if self.problem.is_empty() {
+            let stats = RowStatistics::new(self.problem, Moments::default());
+            mean.fill(MaybeUninit::new(stats.mean));
+            rstd.fill(MaybeUninit::new(stats.rstd));
+            return;
+        }
+        let threads = threads_for(rows * cols);
+        if threads == 1 {
+            self.rows(self.x, y, mean, rstd);
+        } else if rows < 4 * threads && cols >= 2 * SEGMENT {
+            in_pool(threads, || self.by_columns(threads, y, mean, rstd));
+        } else {
+            let task_rows = rows_per_task(self.problem, threads);
+            let count = rows.div_ceil(task_rows);
+            let x = self.x.chunks(task_rows * cols);
+            let y = y.chunks_mut(task_rows * cols);
+            let mean = chunks_of(mean, task_rows, count);
+            let rstd = chunks_of(rstd, task_rows, count);
+            let tasks = zip(zip(x, y), zip(mean, rstd)).collect();
+            for_each(threads, tasks, |((x, y), (mean, rstd))| {
+                self.rows(x, y, mean, rstd);
+            });
+        }
+    }
+
+    fn rows(
+        &self,
+        x: &[T],
+        y: &mut [MaybeUninit<T>],
+        mean: &mut [MaybeUninit<T::Acc>],
+        rstd: &mut [MaybeUninit<T::Acc>],
+    ) {
+        let cols = self.problem.cols;
+        simd::dispatch(
+            #[inline(always)]
+            |isa| {
+                let mut buffers = Buffers::new();
+                for (row, (x, y)) in zip(x.chunks(cols), y.chunks_mut(cols)).enumerate() {
+                    let moments = row::moments(isa, self.problem, x, &mut buffers.x);
+                    let stats = RowStatistics::new(self.problem, moments);
+                    row::normalize(isa, x, stats, self.weight, self.bias, y, &mut buffers);
+                    keep(stats, row, mean, rstd);
+                }
+            },
+        );
+    }
+
+    /// Groups of rows: first the moments of all segments, then y.
+    fn by_columns(
+        &self,
+        threads: usize,
+        y: &mut [MaybeUninit<T>],
+        mean: &mut [MaybeUninit<T::Acc>],
+        rstd: &mut [MaybeUninit<T::Acc>],
+    ) {
+        let cols = self.problem.cols;
+        let segments = cols.div_ceil(SEGMENT);
+        let group_len = rows_per_group(self.problem, threads, 1).max(1) * cols;
+        let mut first_row = 0;
+        for (x, y) in zip(self.x.chunks(group_len), y.chunks_mut(group_len)) {
+            let rows = x.len() / cols;
+            let segment_of = |index: usize| {
+                let (row, segment) = (index / segments, index % segments);
+                row * cols + segment * SEGMENT..row * cols + cols.min((segment + 1) * SEGMENT)
+            };
+            let moments = collect(threads, rows * segments, 1, |index| {
+                let x = &x[segment_of(index)];
+                simd::dispatch(
+                    #[inline(always)]
+                    |isa| row::segment_moments(isa, self.problem, x, &mut Default::default()),
+                )
+            });
+            let stats: Vec<_> = moments
+                .chunks(segments)
+                .map(|of_row| {
+                    let moments = of_row
+                        .iter()
+                        .copied()
+                        .fold(Moments::default(), Moments::with);
+                    RowStatistics::new(self.problem, moments)
+                })
+                .collect();
+            for (row, &stats) in stats.iter().enumerate() {
+                keep(stats, first_row + row, mean, rstd);
             }
-        },
-    );
+            let y = y.chunks_mut(cols).flat_map(|y| y.chunks_mut(SEGMENT));
+            // Last to first: of a row that no cache holds, the end is what is left in it.
+            let tasks = y
+                .enumerate()
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect();
+            for_each(threads, tasks, |(index, y): (usize, &mut [_])| {
+                let x = &x[segment_of(index)];
+                let column = index % segments * SEGMENT;
+                let (weight, bias) = (self.weight.from(column), self.bias.from(column));
+                simd::dispatch(
+                    #[inline(always)]
+                    |isa| {
+                        let stats = stats[index / segments];
+                        row::normalize(isa, x, stats, weight, bias, y, &mut Buffers::new());
+                    },
+                );
+            });
+            first_row += rows;
+        }
+    }
 }
 
-/// Whether the rows are too few and too wide to be the axis of parallelism. Depends on the shape alone.
-fn by_columns(problem: &Problem) -> bool {
-    problem.cols >= 4 * SEGMENT && problem.rows < 4 * MAX_PARTIALS
+fn keep<A>(
+    stats: RowStatistics<A>,
+    row: usize,
+    mean: &mut [MaybeUninit<A>],
+    rstd: &mut [MaybeUninit<A>],
+) {
+    if let Some(mean) = mean.get_mut(row) {
+        mean.write(stats.mean);
+    }
+    if let Some(rstd) = rstd.get_mut(row) {
+        rstd.write(stats.rstd);
+    }
 }
 
 /// What one backward pass reads, in Rust types.
-#[derive(Clone, Copy)]
-struct Backward<'a, T: Element> {
+pub(crate) struct BackwardPass<'a, T: Element, P: Element> {
     problem: &'a Problem,
     wanted: Wanted,
     x: &'a [T],
     dy: &'a [T],
-    params: &'a Params<'a, T::Acc>,
-    stats: &'a [RowStatistics<T::Acc>],
+    weight: Param<'a, P>,
+    mean: Option<&'a [T::Acc]>,
+    rstd: &'a [T::Acc],
 }
 
-/// Sums over rows, of one block of rows or of all; empty where not wanted.
-struct ParamGradients<A> {
-    dweight: Vec<A>,
-    dbias: Vec<A>,
-}
+impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
+    pub fn new(
+        problem: &'a Problem,
+        args: &BackwardArgs<Operand<'a>>,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        let weight = args.weight.map(|w| slice(problem, w)).transpose()?;
+        Ok(Self {
+            problem,
+            wanted,
+            x: slice(problem, args.x)?,
+            dy: slice(problem, args.dy)?,
+            weight: Param::weight(weight),
+            mean: args.mean.map(|m| slice(problem, m)).transpose()?,
+            rstd: slice(problem, args.rstd)?,
+        })
+    }
 
-impl<A: element::Acc> ParamGradients<A> {
-    fn zeros(wanted: Wanted, cols: usize) -> Self {
-        let zeros = |wanted| vec![A::zero(); if wanted { cols } else { 0 }];
-        Self {
-            dweight: zeros(wanted.dweight),
-            dbias: zeros(wanted.dbias),
+    /// Writes all of what is wanted; the others are empty.
+    pub fn run(
+        &self,
+        dx: &mut [MaybeUninit<T>],
+        dweight: &mut [MaybeUninit<P>],
+        dbias: &mut [MaybeUninit<P>],
+    ) {
+        let Problem { rows, cols, .. } = *self.problem;
+        if self.problem.is_empty() {
+            zeroed(dweight);
+            zeroed(dbias);
+            return;
+        }
+        let threads = threads_for(rows * cols);
+        in_pool(threads, || {
+            if by_columns(self.problem) {
+                self.by_columns(threads, dx, dweight, dbias);
+            } else {
+                self.by_rows(threads, dx, dweight, dbias);
+            }
+        });
+    }
+
+    fn stats(&self, row: usize) -> RowStatistics<T::Acc> {
+        RowStatistics {
+            mean: self.mean.map_or(Acc::of_f64(0.), |mean| mean[row]),
+            rstd: self.rstd[row],
         }
     }
-}
 
-fn backward_typed<T: Element, P: Element<Acc = T::Acc>>(
-    pass: Backward<'_, T>,
-) -> Gradients<CpuStorage> {
-    let Backward {
-        problem, wanted, ..
-    } = pass;
-    let mut dx = bytemuck::allocation::zeroed_vec::<T>(if wanted.dx { pass.x.len() } else { 0 });
-    let grads = if problem.is_empty() {
-        ParamGradients::zeros(wanted, problem.cols)
-    } else if by_columns(problem) {
-        pass.by_columns(&mut dx)
-    } else {
-        pass.by_rows(&mut dx)
-    };
-    Gradients {
-        dx: wanted.dx.then(|| T::to_storage(dx)),
-        dweight: wanted
-            .dweight
-            .then(|| P::to_storage(P::round(grads.dweight))),
-        dbias: wanted.dbias.then(|| P::to_storage(P::round(grads.dbias))),
+    /// Columns of a row of x and dy.
+    fn row(&self, row: usize, columns: Range<usize>) -> (&'a [T], &'a [T]) {
+        let first = row * self.problem.cols;
+        let range = first + columns.start..first + columns.end;
+        (&self.x[range.clone()], &self.dy[range])
     }
-}
 
-impl<T: Element> Backward<'_, T> {
     /// Blocks of consecutive rows, each with partial dweight and dbias, added in the order of the blocks.
-    fn by_rows(self, dx: &mut [T]) -> ParamGradients<T::Acc> {
-        let (rows, cols) = (self.problem.rows, self.problem.cols);
+    #[allow(unsafe_code)]
+    fn by_rows(
+        &self,
+        threads: usize,
+        dx: &mut [MaybeUninit<T>],
+        dweight: &mut [MaybeUninit<P>],
+        dbias: &mut [MaybeUninit<P>],
+    ) {
+        let Problem { rows, cols, .. } = *self.problem;
         let blocks = (rows / ROWS_PER_PARTIAL)
             .min(rows * cols / TASK_ELEMENTS)
             .clamp(1, MAX_PARTIALS);
         let block_rows = rows.div_ceil(blocks);
-        if blocks == 1 {
-            return self.block(0..rows, dx);
-        }
-        let ranges = (0..rows)
-            .step_by(block_rows)
-            .map(|start| start..rows.min(start + block_rows));
-        let partials: Vec<_> = if self.wanted.dx {
-            ranges
-                .zip(dx.chunks_mut(block_rows * cols))
-                .collect::<Vec<_>>()
-                .into_par_iter()
-                .map(|(range, dx)| self.block(range, dx))
-                .collect()
+        let blocks = rows.div_ceil(block_rows);
+        // Of a block: dweight and then dbias.
+        let width = dweight.len() + dbias.len();
+        let mut partials = Fresh::<T::Acc>::new(blocks * width);
+        let dx = chunks_of(dx, block_rows * cols, blocks);
+        let parts = chunks_of(partials.slots(), width.max(1), blocks);
+        let tasks = zip(dx, parts).enumerate().collect();
+        for_each(threads, tasks, |(block, (dx, part))| {
+            let first = block * block_rows;
+            let (dweight, dbias) = zeroed(part).split_at_mut(dweight.len());
+            self.block(first..rows.min(first + block_rows), dx, dweight, dbias);
+        });
+        // SAFETY: each task wrote its part.
+        let partials = unsafe { partials.assume_written() };
+        let offset = dweight.len();
+        let out = zip(dweight.chunks_mut(STRIP), (0..).step_by(STRIP))
+            .chain(zip(dbias.chunks_mut(STRIP), (offset..).step_by(STRIP)));
+        let threads = if partials.len() <= SERIAL_ELEMENTS {
+            1
         } else {
-            ranges
-                .collect::<Vec<_>>()
-                .into_par_iter()
-                .map(|range| self.block(range, &mut []))
-                .collect()
+            threads
         };
-        let mut total = ParamGradients::zeros(self.wanted, cols);
-        add_in_order(&mut total.dweight, &partials, |p| &p.dweight);
-        add_in_order(&mut total.dbias, &partials, |p| &p.dbias);
-        total
+        for_each(threads, out.collect(), |(out, offset)| {
+            simd::dispatch(
+                #[inline(always)]
+                |isa| {
+                    let mut total = [Acc::of_f64(0.); STRIP];
+                    let total = &mut total[..out.len()];
+                    for part in partials.chunks_exact(width) {
+                        row::add(total, &part[offset..][..out.len()]);
+                    }
+                    P::round(isa, total, out);
+                },
+            );
+        });
     }
 
     /// The gradients of consecutive rows; `dx` is theirs, or empty if it is not wanted.
-    fn block(self, rows: Range<usize>, dx: &mut [T]) -> ParamGradients<T::Acc> {
+    fn block(
+        &self,
+        rows: Range<usize>,
+        dx: &mut [MaybeUninit<T>],
+        dweight: &mut [T::Acc],
+        dbias: &mut [T::Acc],
+    ) {
         let cols = self.problem.cols;
-        let mut grads = ParamGradients::zeros(self.wanted, cols);
-        row::dispatch(
+        simd::dispatch(
             #[inline(always)]
-            || {
-                let mut dx = dx.chunks_mut(cols);
+            |isa| {
+                let mut buffers = Buffers::new();
+                let mut dx = chunks_of(dx, cols, rows.len());
                 for row in rows {
-                    let (x, dy, stats) = self.row(row);
-                    if let Some(dx) = dx.next() {
-                        let sums = row::gradient_sums(x, dy, self.params, stats);
-                        let scales = GradientScales::new(self.problem, sums);
-                        row::dx(x, dy, self.params, stats, scales, dx);
-                    }
-                    row::add_param_gradients(x, dy, stats, &mut grads.dweight, &mut grads.dbias);
+                    let (x, dy) = self.row(row, 0..cols);
+                    let stats = self.stats(row);
+                    let sums = if self.wanted.dx {
+                        row::gradient_sums(isa, x, dy, stats, self.weight, &mut buffers)
+                    } else {
+                        Sums::default()
+                    };
+                    let scales = GradientScales::new(self.problem, sums);
+                    let row = GradientRow {
+                        x,
+                        dy,
+                        stats,
+                        scales,
+                    };
+                    let dx = dx.next().unwrap_or_default();
+                    row::gradients(isa, &row, self.weight, dx, dweight, dbias, &mut buffers);
                 }
             },
         );
-        grads
     }
 
-    /// First the sums of all rows, then tasks that own a segment's columns over all rows: there are no partials.
-    fn by_columns(self, dx: &mut [T]) -> ParamGradients<T::Acc> {
-        let (rows, cols) = (self.problem.rows, self.problem.cols);
-        let scales: Vec<_> = (0..rows)
-            .map(|row| {
-                let (x, dy, stats) = self.row(row);
-                let sums = row::gradient_sums_parallel(x, dy, self.params, stats);
-                GradientScales::new(self.problem, sums)
-            })
-            .collect();
-        let segments = cols.div_ceil(SEGMENT);
-        let mut total = ParamGradients::zeros(self.wanted, cols);
-        let mut dx_of: Vec<Vec<&mut [T]>> = (0..segments).map(|_| Vec::new()).collect();
-        for dx in dx.chunks_mut(cols) {
-            for (of, dx) in dx_of.iter_mut().zip(dx.chunks_mut(SEGMENT)) {
-                of.push(dx);
-            }
-        }
-        let dweight = segments_of(&mut total.dweight, segments);
-        let dbias = segments_of(&mut total.dbias, segments);
-        dx_of
-            .into_par_iter()
-            .zip(dweight)
-            .zip(dbias)
-            .enumerate()
-            .for_each(|(segment, ((dx, dweight), dbias))| {
-                let start = segment * SEGMENT;
-                let columns = start..cols.min(start + SEGMENT);
-                let params = self.params.from(start);
-                row::dispatch(
-                    #[inline(always)]
-                    || {
-                        let mut dx = dx.into_iter();
-                        for (row, &scales) in scales.iter().enumerate() {
-                            let (x, dy, stats) = self.row(row);
-                            let (x, dy) = (&x[columns.clone()], &dy[columns.clone()]);
-                            if let Some(dx) = dx.next() {
-                                row::dx(x, dy, &params, stats, scales, dx);
-                            }
-                            row::add_param_gradients(x, dy, stats, dweight, dbias);
-                        }
-                    },
-                );
-            });
-        total
-    }
-
-    fn row(&self, row: usize) -> (&[T], &[T], RowStatistics<T::Acc>) {
-        let range = row * self.problem.cols..(row + 1) * self.problem.cols;
-        (&self.x[range.clone()], &self.dy[range], self.stats[row])
-    }
-}
-
-/// `values` in segments, or as many empty slices if it is empty.
-fn segments_of<A>(values: &mut [A], segments: usize) -> Vec<&mut [A]> {
-    let mut of: Vec<_> = values.chunks_mut(SEGMENT).collect();
-    of.resize_with(segments, Default::default);
-    of
-}
-
-fn add_in_order<A: element::Acc>(
-    total: &mut [A],
-    partials: &[ParamGradients<A>],
-    field: impl Fn(&ParamGradients<A>) -> &Vec<A> + Sync,
-) {
-    total
-        .par_chunks_mut(row::CHUNK)
-        .enumerate()
-        .for_each(|(chunk, total)| {
-            let columns = chunk * row::CHUNK..chunk * row::CHUNK + total.len();
-            for partial in partials {
-                for (total, &part) in total.iter_mut().zip(&field(partial)[columns.clone()]) {
-                    *total += part;
+    /// Groups of rows: first the sums of all segments, then tasks that own columns over the group's rows. There are no
+    /// partials.
+    fn by_columns(
+        &self,
+        threads: usize,
+        dx: &mut [MaybeUninit<T>],
+        dweight: &mut [MaybeUninit<P>],
+        dbias: &mut [MaybeUninit<P>],
+    ) {
+        let Problem { rows, cols, .. } = *self.problem;
+        let group = match rows_per_group(self.problem, threads, 2) {
+            0..ROWS_PER_GROUP => rows,
+            group => group.min(rows),
+        };
+        let strip = cols
+            .div_ceil(threads * TASKS_PER_THREAD)
+            .next_multiple_of(STRIP);
+        let strips = cols.div_ceil(strip);
+        // Sums over the groups before; none if there is but one.
+        let room = |len| if group < rows { len } else { 0 };
+        let mut so_far = Fresh::<T::Acc>::new(room(dweight.len()) + room(dbias.len()));
+        let so_far = zeroed(so_far.slots());
+        let (dweight_so_far, dbias_so_far) = so_far.split_at_mut(room(dweight.len()));
+        let mut dx_rows = chunks_of(dx, cols, rows);
+        for first in (0..rows).step_by(group) {
+            let rows_here = first..rows.min(first + group);
+            let last = rows_here.end == rows;
+            let scales = self.scales(threads, rows_here.clone());
+            let mut dx_of: Vec<Vec<_>> = (0..strips)
+                .map(|_| Vec::with_capacity(scales.len()))
+                .collect();
+            for dx in dx_rows.by_ref().take(scales.len()) {
+                for (of, dx) in zip(&mut dx_of, chunks_of(dx, strip, strips)) {
+                    of.push(dx);
                 }
             }
+            let params = zip(
+                zip(
+                    chunks_of(dweight_so_far, strip, strips),
+                    chunks_of(dbias_so_far, strip, strips),
+                ),
+                zip(
+                    chunks_of(dweight, strip, strips),
+                    chunks_of(dbias, strip, strips),
+                ),
+            );
+            let tasks = zip(dx_of, params).enumerate().collect::<Vec<_>>();
+            // Last to first: of rows that no cache holds, the end is what is left in it.
+            let tasks = tasks.into_iter().rev().collect();
+            for_each(threads, tasks, |(index, (dx, (so_far, out)))| {
+                let start = index * strip;
+                let columns = start..cols.min(start + strip);
+                self.strip(
+                    columns,
+                    rows_here.clone(),
+                    &scales,
+                    dx,
+                    so_far,
+                    last.then_some(out),
+                );
+            });
+        }
+    }
+
+    /// The scales of consecutive rows, or none where dx is not wanted.
+    fn scales(&self, threads: usize, rows: Range<usize>) -> Vec<GradientScales<T::Acc>> {
+        let cols = self.problem.cols;
+        let segments = cols.div_ceil(SEGMENT);
+        if !self.wanted.dx {
+            return vec![GradientScales::new(self.problem, Sums::default()); rows.len()];
+        }
+        let at_least = SEGMENT.div_ceil(cols);
+        let sums = collect(threads, rows.len() * segments, at_least, |index| {
+            let (row, start) = (rows.start + index / segments, index % segments * SEGMENT);
+            let (x, dy) = self.row(row, start..cols.min(start + SEGMENT));
+            simd::dispatch(
+                #[inline(always)]
+                |isa| {
+                    row::gradient_segment_sums(
+                        isa,
+                        x,
+                        dy,
+                        self.stats(row),
+                        self.weight.from(start),
+                        &mut Buffers::new(),
+                    )
+                },
+            )
         });
+        sums.chunks(segments)
+            .map(|of_row| {
+                let sums = of_row.iter().copied().fold(Sums::default(), |a, b| a + b);
+                GradientScales::new(self.problem, sums)
+            })
+            .collect()
+    }
+
+    /// Some columns of a group of rows. `so_far` are the sums of dweight and dbias over the groups before, and `out` is
+    /// where they go after the last one.
+    fn strip(
+        &self,
+        columns: Range<usize>,
+        rows: Range<usize>,
+        scales: &[GradientScales<T::Acc>],
+        mut dx: Vec<&mut [MaybeUninit<T>]>,
+        (dweight_so_far, dbias_so_far): Pair<'_, T::Acc>,
+        mut out: Option<Pair<'_, MaybeUninit<P>>>,
+    ) {
+        simd::dispatch(
+            #[inline(always)]
+            |isa| {
+                let mut buffers = Buffers::new();
+                let starts = (0..columns.len()).step_by(STRIP);
+                for start in starts.rev() {
+                    let end = columns.len().min(start + STRIP);
+                    let weight = self.weight.from(columns.start + start);
+                    let mut dweight = [Acc::of_f64(0.); STRIP];
+                    let mut dbias = [Acc::of_f64(0.); STRIP];
+                    // Empty where not wanted.
+                    let wanted = |wanted| if wanted { end - start } else { 0 };
+                    let dweight = &mut dweight[..wanted(self.wanted.dweight)];
+                    let dbias = &mut dbias[..wanted(self.wanted.dbias)];
+                    if !dweight_so_far.is_empty() {
+                        dweight.copy_from_slice(&dweight_so_far[start..end]);
+                    }
+                    if !dbias_so_far.is_empty() {
+                        dbias.copy_from_slice(&dbias_so_far[start..end]);
+                    }
+                    for (row, (&scales, dx)) in zip(rows.clone(), zip(scales, &mut dx)) {
+                        let (x, dy) = self.row(row, columns.start + start..columns.start + end);
+                        let stats = self.stats(row);
+                        let row = GradientRow {
+                            x,
+                            dy,
+                            stats,
+                            scales,
+                        };
+                        let dx = dx.get_mut(start..end).unwrap_or_default();
+                        row::gradients(isa, &row, weight, dx, dweight, dbias, &mut buffers);
+                    }
+                    match &mut out {
+                        Some((dweight_out, dbias_out)) => {
+                            if self.wanted.dweight {
+                                P::round(isa, dweight, &mut dweight_out[start..end]);
+                            }
+                            if self.wanted.dbias {
+                                P::round(isa, dbias, &mut dbias_out[start..end]);
+                            }
+                        }
+                        None => {
+                            if self.wanted.dweight {
+                                dweight_so_far[start..end].copy_from_slice(dweight);
+                            }
+                            if self.wanted.dbias {
+                                dbias_so_far[start..end].copy_from_slice(dbias);
+                            }
+                        }
+                    }
+                }
+            },
+        );
+    }
+}
+
+/// Whether rows are too few or too wide to be the axis of parallelism. Depends on the shape alone, as the order of the
+/// sums over rows does.
+fn by_columns(problem: &Problem) -> bool {
+    problem.cols >= 4 * SEGMENT || (problem.rows < 256 && problem.cols >= STRIP)
 }

@@ -1,68 +1,67 @@
-//! One row's maths, in chunks that stay in the first-level cache.
+//! One row's maths, a chunk of columns at a time.
 //!
-//! Sums: [`LANES`] running sums within a chunk, whose totals are added in f64 over a segment's chunks and then over a
+//! Sums: running sums of vectors within a chunk, whose totals are added in f64 over a segment's chunks and then over a
 //! row's segments, in order. Whoever computes the segments, the result is the same.
 
-use super::element::{Acc, Element};
+use super::element::{Acc, CHUNK, Element, Sums};
+use super::simd::Isa;
 use crate::problem::Problem;
-use rayon::prelude::*;
-use std::borrow::Cow;
-use std::ops::{Add, AddAssign};
+use std::iter::zip;
+use std::mem::MaybeUninit;
 
-/// Elements converted and processed at a time: three f32 buffers of it fill half of a 32 KiB cache.
-pub(crate) const CHUNK: usize = 1024;
-/// The unit of work on a row that is shared between threads.
-pub(crate) const SEGMENT: usize = 16 * CHUNK;
-/// Independent running sums: one 512-bit register of f32.
-const LANES: usize = 16;
+/// The unit of sums over a row: what a second look finds in the second-level cache.
+pub(crate) const SEGMENT: usize = 8 * CHUNK;
+/// Elements that a segment's provisional mean is taken of.
+const HEAD: usize = 64;
 
-/// Runs `f` compiled for the best instruction set of this machine.
-#[inline(always)]
-pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+/// weight or bias: a value a column, or a constant where there is none.
+#[derive(Clone, Copy)]
+pub(crate) struct Param<'a, P: Element> {
+    values: Option<&'a [P]>,
+    constant: &'static [P::Acc; CHUNK],
 }
 
-/// weight and bias in the accumulation type; constants where they are missing.
-pub(crate) struct Params<'a, A: Acc> {
-    weight: Option<Cow<'a, [A]>>,
-    bias: Option<Cow<'a, [A]>>,
-    ones: Cow<'a, [A]>,
-    zeros: Cow<'a, [A]>,
-}
-
-impl<'a, A: Acc> Params<'a, A> {
-    pub fn new<P: Element<Acc = A>>(weight: Option<&'a [P]>, bias: Option<&'a [P]>) -> Self {
+impl<'a, P: Element> Param<'a, P> {
+    pub fn weight(values: Option<&'a [P]>) -> Self {
         Self {
-            weight: weight.map(P::widen),
-            bias: bias.map(P::widen),
-            ones: Cow::Owned(vec![A::one(); CHUNK]),
-            zeros: Cow::Owned(vec![A::zero(); CHUNK]),
+            values,
+            constant: P::Acc::ONES,
         }
+    }
+
+    pub fn bias(values: Option<&'a [P]>) -> Self {
+        Self {
+            values,
+            constant: P::Acc::ZEROS,
+        }
+    }
+
+    /// The values in the accumulation type.
+    pub fn widened(self) -> Option<Vec<P::Acc>> {
+        Some(self.values?.iter().map(|value| value.widen()).collect())
     }
 
     /// The same, with `column` as the first.
-    pub fn from(&self, column: usize) -> Params<'_, A> {
-        Params {
-            weight: self.weight.as_ref().map(|w| Cow::Borrowed(&w[column..])),
-            bias: self.bias.as_ref().map(|b| Cow::Borrowed(&b[column..])),
-            ones: Cow::Borrowed(&self.ones),
-            zeros: Cow::Borrowed(&self.zeros),
+    #[inline(always)]
+    pub fn from(self, column: usize) -> Self {
+        Self {
+            values: self.values.map(|values| &values[column..]),
+            ..self
         }
     }
 
+    /// A chunk of `len` columns.
     #[inline(always)]
-    fn weight(&self, start: usize, len: usize) -> &[A] {
-        match &self.weight {
-            Some(weight) => &weight[start..start + len],
-            None => &self.ones[..len],
-        }
-    }
-
-    #[inline(always)]
-    fn bias(&self, start: usize, len: usize) -> &[A] {
-        match &self.bias {
-            Some(bias) => &bias[start..start + len],
-            None => &self.zeros[..len],
+    fn read<'b>(
+        &'b self,
+        isa: Isa,
+        column: usize,
+        len: usize,
+        buffer: &'b mut P::Buffer,
+    ) -> &'b [P::Acc] {
+        match self.values {
+            Some(values) => P::read(isa, &values[column..column + len], buffer),
+            None => &self.constant[..len],
         }
     }
 }
@@ -73,204 +72,210 @@ pub(crate) struct RowStatistics<A> {
     pub rstd: A,
 }
 
-/// Two sums over a row's columns.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Sums(f64, f64);
-
-impl Add for Sums {
-    type Output = Self;
-
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(self.0 + other.0, self.1 + other.1)
-    }
-}
-
-impl AddAssign for Sums {
-    #[inline(always)]
-    fn add_assign(&mut self, other: Self) {
-        *self = *self + other;
-    }
-}
-
 impl<A: Acc> RowStatistics<A> {
-    pub fn of_empty_row(problem: &Problem) -> Self {
-        Self::about(problem, 0., Sums::default())
-    }
-
-    /// From the sums of (x - center) and (x - center)^2. What is left of the mean after `center` corrects both.
-    fn about(problem: &Problem, center: f64, sums: Sums) -> Self {
-        let inv_cols = 1. / problem.cols.max(1) as f64;
-        let (rest, square) = (sums.0 * inv_cols, sums.1 * inv_cols);
-        let (mean, var) = if problem.remove_mean {
-            (center + rest, (square - rest * rest).max(0.))
-        } else {
-            (0., square)
-        };
+    #[inline(always)]
+    pub fn new(problem: &Problem, moments: Moments) -> Self {
+        let var = moments.square / moments.count.max(1.);
         Self {
-            mean: A::narrow(mean),
-            rstd: A::narrow(1. / (var + problem.eps).sqrt()),
+            mean: A::of_f64(moments.mean),
+            rstd: A::of_f64(1. / (var + problem.eps).sqrt()),
         }
     }
 }
 
-/// Two passes: the mean, then the variance about it.
-#[inline(always)]
-pub(crate) fn statistics<T: Element>(problem: &Problem, x: &[T]) -> RowStatistics<T::Acc> {
-    two_pass(problem, |center| {
-        x.chunks(SEGMENT)
-            .map(|x| segment_sums(x, center))
-            .fold(Sums::default(), Sums::add)
-    })
+/// Of the elements of a row or a part of it: how many, their mean, and the sum of squares about it. The mean of
+/// RMSNorm is 0.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Moments {
+    count: f64,
+    mean: f64,
+    square: f64,
 }
 
-/// [`statistics`] with the segments on all threads.
-pub(crate) fn statistics_parallel<T: Element>(problem: &Problem, x: &[T]) -> RowStatistics<T::Acc> {
-    two_pass(problem, |center| {
-        let segments: Vec<_> = x
-            .par_chunks(SEGMENT)
-            .map(|x| {
-                dispatch(
-                    #[inline(always)]
-                    || segment_sums(x, center),
-                )
-            })
-            .collect();
-        segments.into_iter().fold(Sums::default(), Sums::add)
-    })
-}
-
-#[inline(always)]
-fn two_pass<A: Acc>(problem: &Problem, sums: impl Fn(A) -> Sums) -> RowStatistics<A> {
-    if !problem.remove_mean {
-        return RowStatistics::about(problem, 0., sums(A::zero()));
+impl Moments {
+    /// Of both parts, by the distance between their means: Chan, Golub and LeVeque.
+    #[inline(always)]
+    pub fn with(self, other: Self) -> Self {
+        let count = self.count + other.count;
+        let share = other.count / count;
+        let distance = other.mean - self.mean;
+        Self {
+            count,
+            mean: self.mean + distance * share,
+            square: self.square + other.square + distance * distance * self.count * share,
+        }
     }
-    let center = A::narrow(sums(A::zero()).0 / problem.cols as f64);
-    RowStatistics::about(problem, center.widen_to_f64(), sums(center))
+}
+
+#[inline(always)]
+pub(crate) fn moments<T: Element>(
+    isa: Isa,
+    problem: &Problem,
+    x: &[T],
+    buffer: &mut T::Buffer,
+) -> Moments {
+    let mut total = Moments::default();
+    for x in x.chunks(SEGMENT) {
+        total = total.with(segment_moments(isa, problem, x, buffer));
+    }
+    total
+}
+
+/// One pass about a provisional mean, that of the first elements. Where it is further from the mean than half a standard
+/// deviation, the difference below would cancel, and a second pass goes about the mean.
+#[inline(always)]
+pub(crate) fn segment_moments<T: Element>(
+    isa: Isa,
+    problem: &Problem,
+    x: &[T],
+    buffer: &mut T::Buffer,
+) -> Moments {
+    let count = x.len() as f64;
+    let zero = T::Acc::of_f64(0.);
+    if !problem.remove_mean {
+        let Sums(_, square) = deviations(isa, x, zero, buffer);
+        return Moments {
+            count,
+            mean: 0.,
+            square,
+        };
+    }
+    let head = T::read(isa, &x[..x.len().min(HEAD)], buffer);
+    let mut center = T::Acc::of_f64(T::Acc::deviations(isa, head, zero).0 / head.len() as f64);
+    let mut passes = 0;
+    loop {
+        let sums = deviations(isa, x, center, buffer);
+        let rest = sums.0 / count;
+        let between = sums.0 * rest;
+        let mean = center.in_f64() + rest;
+        let far = between > 0.25 * (sums.1 - between);
+        passes += 1;
+        if !far || passes == 2 {
+            let square = (sums.1 - between).max(0.);
+            return Moments {
+                count,
+                mean,
+                square,
+            };
+        }
+        center = T::Acc::of_f64(mean);
+    }
 }
 
 /// The sums of (x - center) and (x - center)^2.
 #[inline(always)]
-fn segment_sums<T: Element>(x: &[T], center: T::Acc) -> Sums {
-    let mut buffer = [num_traits::zero::<T::Acc>(); CHUNK];
+fn deviations<T: Element>(isa: Isa, x: &[T], center: T::Acc, buffer: &mut T::Buffer) -> Sums {
     let mut total = Sums::default();
     for x in x.chunks(CHUNK) {
-        let x = T::read(x, &mut buffer);
-        total += lanes(x, x, |x, _| {
-            let d = x - center;
-            (d, d * d)
-        });
+        total += T::Acc::deviations(isa, T::read(isa, x, buffer), center);
     }
     total
 }
 
-/// The sums of dy*weight and dy*weight*xhat.
-#[inline(always)]
-pub(crate) fn gradient_sums<T: Element>(
-    x: &[T],
-    dy: &[T],
-    params: &Params<'_, T::Acc>,
-    stats: RowStatistics<T::Acc>,
-) -> Sums {
-    let segments = x.chunks(SEGMENT).zip(dy.chunks(SEGMENT)).enumerate();
-    segments
-        .map(|(segment, (x, dy))| gradient_segment_sums(x, dy, params, segment * SEGMENT, stats))
-        .fold(Sums::default(), Sums::add)
+/// Room for what a kernel converts.
+pub(crate) struct Buffers<T: Element, P: Element> {
+    pub x: T::Buffer,
+    dy: T::Buffer,
+    out: T::Buffer,
+    weight: P::Buffer,
+    bias: P::Buffer,
 }
 
-/// [`gradient_sums`] with the segments on all threads.
-pub(crate) fn gradient_sums_parallel<T: Element>(
-    x: &[T],
-    dy: &[T],
-    params: &Params<'_, T::Acc>,
-    stats: RowStatistics<T::Acc>,
-) -> Sums {
-    let segments: Vec<_> = x
-        .par_chunks(SEGMENT)
-        .zip(dy.par_chunks(SEGMENT))
-        .enumerate()
-        .map(|(segment, (x, dy))| {
-            dispatch(
-                #[inline(always)]
-                || gradient_segment_sums(x, dy, params, segment * SEGMENT, stats),
-            )
-        })
-        .collect();
-    segments.into_iter().fold(Sums::default(), Sums::add)
-}
-
-#[inline(always)]
-fn gradient_segment_sums<T: Element>(
-    x: &[T],
-    dy: &[T],
-    params: &Params<'_, T::Acc>,
-    start: usize,
-    stats: RowStatistics<T::Acc>,
-) -> Sums {
-    let mut x_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut dy_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut g_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut total = Sums::default();
-    for (chunk, (x, dy)) in x.chunks(CHUNK).zip(dy.chunks(CHUNK)).enumerate() {
-        let x = T::read(x, &mut x_buffer);
-        let dy = T::read(dy, &mut dy_buffer);
-        let weight = params.weight(start + chunk * CHUNK, x.len());
-        let g = &mut g_buffer[..x.len()];
-        for ((g, &dy), &w) in g.iter_mut().zip(dy).zip(weight) {
-            *g = dy * w;
-        }
-        total += lanes(x, g, |x, g| (g, g * ((x - stats.mean) * stats.rstd)));
-    }
-    total
-}
-
-/// Sums the pairs that `f` makes of `a` and `b`.
-#[inline(always)]
-fn lanes<A: Acc>(a: &[A], b: &[A], f: impl Fn(A, A) -> (A, A)) -> Sums {
-    let (mut s0, mut s1) = ([A::zero(); LANES], [A::zero(); LANES]);
-    let (a_lanes, b_lanes) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
-    for (a, b) in a_lanes.zip(b_lanes) {
-        for lane in 0..LANES {
-            let (v0, v1) = f(a[lane], b[lane]);
-            s0[lane] += v0;
-            s1[lane] += v1;
+impl<T: Element, P: Element> Buffers<T, P> {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            x: Default::default(),
+            dy: Default::default(),
+            out: Default::default(),
+            weight: Default::default(),
+            bias: Default::default(),
         }
     }
-    for (lane, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        let (v0, v1) = f(a, b);
-        s0[lane] += v0;
-        s1[lane] += v1;
-    }
-    let sum = |s: [A; LANES]| s.iter().map(|v| v.widen_to_f64()).sum();
-    Sums(sum(s0), sum(s1))
 }
 
 /// y = (x - mean) * rstd * weight + bias.
 #[inline(always)]
-pub(crate) fn normalize<T: Element>(
+pub(crate) fn normalize<T: Element, P: Element<Acc = T::Acc>>(
+    isa: Isa,
     x: &[T],
     stats: RowStatistics<T::Acc>,
-    params: &Params<'_, T::Acc>,
-    y: &mut [T],
+    weight: Param<'_, P>,
+    bias: Param<'_, P>,
+    y: &mut [MaybeUninit<T>],
+    buffers: &mut Buffers<T, P>,
 ) {
-    let mut x_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut y_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    for (chunk, (x, y)) in x.chunks(CHUNK).zip(y.chunks_mut(CHUNK)).enumerate() {
-        let weight = params.weight(chunk * CHUNK, x.len());
-        let bias = params.bias(chunk * CHUNK, x.len());
-        let x = T::read(x, &mut x_buffer);
-        T::write(
-            y,
-            &mut y_buffer,
-            #[inline(always)]
-            |y| {
-                for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                    *y = (x - stats.mean) * stats.rstd * w + b;
-                }
-            },
+    let mut column = 0;
+    while column < x.len() {
+        let end = chunk_end(column, y);
+        let (len, x, y) = (end - column, &x[column..end], &mut y[column..end]);
+        let weight = weight.read(isa, column, len, &mut buffers.weight);
+        let bias = bias.read(isa, column, len, &mut buffers.bias);
+        if T::converts_in_loops(isa) {
+            normalize_chunk(x, stats, weight, bias, y);
+        } else {
+            let x = T::read(isa, x, &mut buffers.x);
+            normalize_chunk(x, stats, weight, bias, T::slots(y, &mut buffers.out));
+            T::finish(isa, &buffers.out, y);
+        }
+        column = end;
+    }
+}
+
+#[inline(always)]
+fn normalize_chunk<T: Element>(
+    x: &[T],
+    stats: RowStatistics<T::Acc>,
+    weight: &[T::Acc],
+    bias: &[T::Acc],
+    y: &mut [MaybeUninit<T>],
+) {
+    for (y, (&x, (&weight, &bias))) in zip(y, zip(x, zip(weight, bias))) {
+        y.write(T::narrow(
+            (x.widen() - stats.mean) * stats.rstd * weight + bias,
+        ));
+    }
+}
+
+/// The sums of dy*weight and dy*weight*xhat.
+#[inline(always)]
+pub(crate) fn gradient_sums<T: Element, P: Element<Acc = T::Acc>>(
+    isa: Isa,
+    x: &[T],
+    dy: &[T],
+    stats: RowStatistics<T::Acc>,
+    weight: Param<'_, P>,
+    buffers: &mut Buffers<T, P>,
+) -> Sums {
+    let mut total = Sums::default();
+    for (segment, (x, dy)) in zip(x.chunks(SEGMENT), dy.chunks(SEGMENT)).enumerate() {
+        let weight = weight.from(segment * SEGMENT);
+        total += gradient_segment_sums(isa, x, dy, stats, weight, buffers);
+    }
+    total
+}
+
+#[inline(always)]
+pub(crate) fn gradient_segment_sums<T: Element, P: Element<Acc = T::Acc>>(
+    isa: Isa,
+    x: &[T],
+    dy: &[T],
+    stats: RowStatistics<T::Acc>,
+    weight: Param<'_, P>,
+    buffers: &mut Buffers<T, P>,
+) -> Sums {
+    let mut total = Sums::default();
+    for (chunk, (x, dy)) in zip(x.chunks(CHUNK), dy.chunks(CHUNK)).enumerate() {
+        total += T::Acc::products(
+            isa,
+            T::read(isa, x, &mut buffers.x),
+            T::read(isa, dy, &mut buffers.dy),
+            weight.read(isa, chunk * CHUNK, x.len(), &mut buffers.weight),
+            stats.mean,
+            stats.rstd,
         );
     }
+    total
 }
 
 /// The means over a row's columns of dy*weight (0 for RMSNorm) and of dy*weight*xhat.
@@ -286,71 +291,119 @@ impl<A: Acc> GradientScales<A> {
         let inv_cols = 1. / problem.cols as f64;
         let removed = if problem.remove_mean { sums.0 } else { 0. };
         Self {
-            mean_g: A::narrow(removed * inv_cols),
-            mean_g_xhat: A::narrow(sums.1 * inv_cols),
+            mean_g: A::of_f64(removed * inv_cols),
+            mean_g_xhat: A::of_f64(sums.1 * inv_cols),
         }
     }
 }
 
-/// dx = (dy*weight - mean_g - xhat * mean_g_xhat) * rstd.
+/// A row's columns, or some of them, and what is known of the row.
+pub(crate) struct GradientRow<'a, T: Element> {
+    pub x: &'a [T],
+    pub dy: &'a [T],
+    pub stats: RowStatistics<T::Acc>,
+    pub scales: GradientScales<T::Acc>,
+}
+
+/// dx = (dy*weight - mean_g - xhat * mean_g_xhat) * rstd, dweight += dy * xhat and dbias += dy, each where it is not
+/// empty.
 #[inline(always)]
-pub(crate) fn dx<T: Element>(
-    x: &[T],
-    dy: &[T],
-    params: &Params<'_, T::Acc>,
-    stats: RowStatistics<T::Acc>,
-    scales: GradientScales<T::Acc>,
-    dx: &mut [T],
+pub(crate) fn gradients<T: Element, P: Element<Acc = T::Acc>>(
+    isa: Isa,
+    row: &GradientRow<'_, T>,
+    weight: Param<'_, P>,
+    dx: &mut [MaybeUninit<T>],
+    dweight: &mut [T::Acc],
+    dbias: &mut [T::Acc],
+    buffers: &mut Buffers<T, P>,
 ) {
-    let mut x_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut dy_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut dx_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let chunks = x
-        .chunks(CHUNK)
-        .zip(dy.chunks(CHUNK))
-        .zip(dx.chunks_mut(CHUNK));
-    for (chunk, ((x, dy), dx)) in chunks.enumerate() {
-        let weight = params.weight(chunk * CHUNK, x.len());
-        let x = T::read(x, &mut x_buffer);
-        let dy = T::read(dy, &mut dy_buffer);
-        T::write(
-            dx,
-            &mut dx_buffer,
-            #[inline(always)]
-            |dx| {
-                for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-                    let xhat = (x - stats.mean) * stats.rstd;
-                    *dx = (dy * w - scales.mean_g - xhat * scales.mean_g_xhat) * stats.rstd;
-                }
-            },
-        );
+    let (stats, scales) = (row.stats, row.scales);
+    let mut column = 0;
+    while column < row.x.len() {
+        let end = chunk_end(column, row.x);
+        let (columns, len) = (column..end, end - column);
+        let (x, dy) = (&row.x[columns.clone()], &row.dy[columns.clone()]);
+        let weight = weight.read(isa, column, len, &mut buffers.weight);
+        let dweight = dweight.get_mut(columns.clone()).unwrap_or_default();
+        let dbias = dbias.get_mut(columns.clone()).unwrap_or_default();
+        let dx = dx.get_mut(columns).unwrap_or_default();
+        if T::converts_in_loops(isa) {
+            gradients_of_chunk(x, dy, weight, stats, scales, dx, dweight, dbias);
+        } else {
+            let x = T::read(isa, x, &mut buffers.x);
+            let dy = T::read(isa, dy, &mut buffers.dy);
+            let slots = T::slots(dx, &mut buffers.out);
+            gradients_of_chunk(x, dy, weight, stats, scales, slots, dweight, dbias);
+            T::finish(isa, &buffers.out, dx);
+        }
+        column = end;
     }
 }
 
-/// dweight += dy * xhat and dbias += dy, where they are not empty.
+/// Where a chunk ends that starts at `column`. The first one of a wide row is short, so that the vectors of the others do
+/// not cross cache lines: allocators put large tensors 16 bytes after the start of a page.
 #[inline(always)]
-pub(crate) fn add_param_gradients<T: Element>(
+fn chunk_end<T>(column: usize, row: &[T]) -> usize {
+    let len = if column == 0 && row.len() >= CHUNK / 2 {
+        match row.as_ptr().align_offset(64) {
+            0 => CHUNK,
+            short => short.min(CHUNK),
+        }
+    } else {
+        CHUNK
+    };
+    row.len().min(column + len)
+}
+
+#[inline(always)]
+#[expect(clippy::too_many_arguments)]
+fn gradients_of_chunk<T: Element>(
     x: &[T],
     dy: &[T],
+    weight: &[T::Acc],
     stats: RowStatistics<T::Acc>,
+    scales: GradientScales<T::Acc>,
+    dx: &mut [MaybeUninit<T>],
     dweight: &mut [T::Acc],
     dbias: &mut [T::Acc],
 ) {
-    let mut x_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    let mut dy_buffer = [num_traits::zero::<T::Acc>(); CHUNK];
-    for (chunk, (x, dy)) in x.chunks(CHUNK).zip(dy.chunks(CHUNK)).enumerate() {
-        let dy = T::read(dy, &mut dy_buffer);
-        let columns = chunk * CHUNK..chunk * CHUNK + dy.len();
-        if !dweight.is_empty() {
-            let x = T::read(x, &mut x_buffer);
-            for ((dw, &x), &dy) in dweight[columns.clone()].iter_mut().zip(x).zip(dy) {
-                *dw += dy * ((x - stats.mean) * stats.rstd);
-            }
+    let RowStatistics { mean, rstd } = stats;
+    let GradientScales {
+        mean_g,
+        mean_g_xhat,
+    } = scales;
+    let len = x.len();
+    if dx.len() == len && dweight.len() == len && dbias.len() == len {
+        let sums = zip(dweight, dbias);
+        let inputs = zip(zip(x, dy), weight);
+        for ((dx, (dweight, dbias)), ((x, dy), &weight)) in zip(zip(dx, sums), inputs) {
+            let (xhat, dy) = ((x.widen() - mean) * rstd, dy.widen());
+            *dweight += dy * xhat;
+            *dbias += dy;
+            dx.write(T::narrow(
+                (dy * weight - mean_g - xhat * mean_g_xhat) * rstd,
+            ));
         }
-        if !dbias.is_empty() {
-            for (db, &dy) in dbias[columns].iter_mut().zip(dy) {
-                *db += dy;
-            }
-        }
+        return;
+    }
+    for (dx, ((x, dy), &weight)) in zip(dx, zip(zip(x, dy), weight)) {
+        let (xhat, dy) = ((x.widen() - mean) * rstd, dy.widen());
+        dx.write(T::narrow(
+            (dy * weight - mean_g - xhat * mean_g_xhat) * rstd,
+        ));
+    }
+    for (dweight, (x, dy)) in zip(dweight, zip(x, dy)) {
+        *dweight += dy.widen() * ((x.widen() - mean) * rstd);
+    }
+    for (dbias, dy) in zip(dbias, dy) {
+        *dbias += dy.widen();
+    }
+}
+
+/// to += from.
+#[inline(always)]
+pub(crate) fn add<A: Acc>(to: &mut [A], from: &[A]) {
+    for (to, &from) in zip(to, from) {
+        *to += from;
     }
 }

@@ -1,0 +1,104 @@
+//! The instruction sets that the loops are compiled for, and the choice between them at run time.
+
+#[cfg(target_arch = "aarch64")]
+use pulp::aarch64::Neon;
+#[cfg(target_arch = "x86_64")]
+use pulp::{
+    core_arch::x86::F16c,
+    x86::{V3, V4},
+};
+
+#[cfg(target_arch = "x86_64")]
+pulp::simd_type! {
+    /// [`V3`], and the conversions of f16.
+    struct Avx2 {
+        avx: "avx",
+        avx2: "avx2",
+        fma: "fma",
+        bmi1: "bmi1",
+        bmi2: "bmi2",
+        lzcnt: "lzcnt",
+        popcnt: "popcnt",
+        f16c: "f16c",
+    }
+}
+
+/// What a loop may use beyond plain Rust: a constant where the loop is inlined.
+#[derive(Clone, Copy)]
+pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(V4, F16c),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(V3, F16c),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    Base,
+}
+
+impl Isa {
+    /// Whether there are instructions that convert f16.
+    #[inline(always)]
+    pub fn converts_f16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.f16c().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn f16c(self) -> Option<F16c> {
+        match self {
+            Self::Avx512(_, f16c) | Self::Avx2(_, f16c) => Some(f16c),
+            Self::Base => None,
+        }
+    }
+}
+
+/// Runs `$body` with `$simd` bound to pulp's vectors of `$isa`.
+macro_rules! with_vectors {
+    ($isa:expr, $simd:ident => $body:expr) => {
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::simd::Isa::Avx512($simd, _) => $body,
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::simd::Isa::Avx2($simd, _) => $body,
+            #[cfg(target_arch = "aarch64")]
+            $crate::cpu::simd::Isa::Neon($simd) => $body,
+            $crate::cpu::simd::Isa::Base => {
+                let $simd = pulp::Scalar;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_vectors;
+
+/// Runs `f` compiled for the best instruction set of this machine. All that `f` calls must be inlined into it.
+#[inline(always)]
+pub(crate) fn dispatch<R>(f: impl FnOnce(Isa) -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = Avx2::try_new() {
+        if let Some(simd) = V4::try_new() {
+            // It includes `f16c`.
+            return simd.vectorize(
+                #[inline(always)]
+                || f(Isa::Avx512(simd, avx2.f16c)),
+            );
+        }
+        if let Some(simd) = V3::try_new() {
+            return avx2.vectorize(
+                #[inline(always)]
+                || f(Isa::Avx2(simd, avx2.f16c)),
+            );
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(simd) = Neon::try_new() {
+        return simd.vectorize(
+            #[inline(always)]
+            || f(Isa::Neon(simd)),
+        );
+    }
+    f(Isa::Base)
+}
