@@ -157,12 +157,11 @@ __device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame
       const int c = frame.column(first + j) + i;
       if (first + j < end && frame.holds(c)) out[c] = g[j];
     }
-  } else {
+  } else if (vector < end) {
+    const int c = frame.column(vector);
 #pragma unroll
-    for (int i = 0; i < kVec; i++) {
-      const int c = frame.column(vector) + i;
-      if (vector < end && frame.holds(c)) out[c] = f[i];
-    }
+    for (int i = 0; i < kVec; i++)
+      if (frame.holds(c + i)) out[c + i] = f[i];
   }
 }
 
