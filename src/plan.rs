@@ -386,7 +386,7 @@ const BACKWARD: &[Kernel] = &[
     ring("backward_shifted", "backward_cluster_shifted", Regime::Cluster, &[4], [2, 12, 1], [16, 16]),
     ring("backward_shifted", "backward_cluster_shifted", Regime::Cluster, &[8], [4, 12, 1], [11, 11]),
     ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[2], [2, 12, 4], [12, 16]),
-    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[4], [4, 12, 4], [12, 16]),
+    ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[4], [4, 12, 4], [8, 16]),
     ring("backward_shifted", "backward_grid_shifted", Regime::Grid, &[8], [4, 12, 4], [8, 8]),
     backward_warp("backward_warp_single_32x8", Access::Single, &[2, 4, 8], 32, 8, 1),
     backward_warp("backward_warp_single_32x16", Access::Single, &[2, 4], 32, 16, 1),
