@@ -1,4 +1,4 @@
-//! Launching a planned kernel: all of the crate's `unsafe` but the allocation of outputs.
+//! Launching a planned kernel: all of this backend's `unsafe` but the allocation of outputs.
 
 use super::ptx;
 use crate::plan::Launch;
@@ -110,8 +110,8 @@ impl<'a> Arguments<'a> {
     ///
     /// # Safety
     /// The arguments must be those of `launch.entry` in number, order and type, and the buffers as long as the kernel's
-    /// comments say for the problem's rows and cols. `launch` must come from [`crate::plan`] for this problem, and for
-    /// `aligned` only if every pointer is on 16 bytes.
+    /// comments say for the problem's rows and cols. `launch` must come from [`crate::plan`] for this problem, and for an
+    /// [`crate::plan::Access`] that the pointers allow.
     pub unsafe fn launch(
         mut self,
         problem: &Problem,
