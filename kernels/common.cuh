@@ -127,11 +127,6 @@ __device__ __forceinline__ uint64_t evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
   return p;
 }
-__device__ __forceinline__ uint64_t evict_last() {
-  uint64_t p;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
-  return p;
-}
 
 // Stores y or dx. A predicated store keeps vectors that may not be valid in one basic block, where their latencies overlap.
 template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid = true) {
