@@ -25,21 +25,25 @@ const DTYPES: [(Dtype, Dtype); 6] = [
     (BF16, BF16),
     (BF16, F32),
 ];
-const FILES: [&str; 12] = [
+const FILES: [&str; 16] = [
+    "add",
     "forward",
+    "forward_add",
     "forward_single",
     "forward_ring",
     "forward_shifted",
     "backward",
+    "backward_add",
     "backward_single",
     "backward_ring",
+    "backward_ring_add",
     "backward_shifted",
     "backward_warp_shifted",
     "split",
     "split_single",
     "finalize",
 ];
-const HEADERS: [&str; 3] = ["common.cuh", "row.cuh", "ring.cuh"];
+const HEADERS: [&str; 4] = ["add.cuh", "common.cuh", "row.cuh", "ring.cuh"];
 
 struct Unit {
     file: &'static str,

@@ -62,6 +62,9 @@ struct Args {
     /// Weight and bias in f32 beside half activations.
     #[arg(long)]
     mixed: bool,
+    /// On CUDA, also times the norm of a sum, and a backward pass with frozen weight and bias.
+    #[arg(long)]
+    more: bool,
     /// Calls timed for each number.
     #[arg(long, default_value_t = 15)]
     reps: usize,
@@ -319,6 +322,82 @@ fn measure(
         })?;
         out.push(row("bwd", "candle_slow", us, Some(roof), None));
     }
+    if args.more {
+        let (weight, bias) = (weight.detach(), bias.detach());
+        let (_, frozen) = bench::layer_norm(&x, &weight, &bias, EPS)?;
+        let us = machine.time(&mut || {
+            frozen(&dy)?;
+            Ok(())
+        })?;
+        out.push(row("bwd", "frozen", us, Some(roof), None));
+        let residual = Var::from_tensor(&random(&[rows, cols], 0., 1., dtype)?)?;
+        out.extend(measure_add(
+            machine.as_mut(),
+            &x,
+            &residual,
+            &weight,
+            &bias,
+            &dy,
+        )?);
+    }
+    Ok(out)
+}
+
+/// The norm of a sum, in one op, and as candle's add and this crate's norm. Backward, `dsum` arrives at the sum. The roofline moves
+/// as many bytes: two tensors read and two written, three read and one written.
+fn measure_add(
+    machine: &mut dyn Bench,
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    dy: &Tensor,
+) -> Result<Vec<Row>> {
+    let bytes = x.elem_count() * x.dtype().size_in_bytes();
+    let [weight, bias] = [weight, bias].map(Var::from_tensor);
+    let (weight, bias) = (weight?, bias?);
+    let ((_, sum), backward) = bench::add_layer_norm(x, residual, &weight, &bias, EPS)?;
+    // Not dy again, which a cache would still hold.
+    let dsum = dy.affine(-1., 0.)?;
+    let plain = (x + residual)?.detach();
+    let difference = (sum.to_dtype(DType::F32)? - plain.to_dtype(DType::F32)?)?;
+    ensure!(
+        difference.abs()?.max_all()?.to_scalar::<f32>()? == 0.,
+        "the sum is not that of candle's add"
+    );
+    let plain = Var::from_tensor(&plain)?;
+    let (_, plain_backward) = bench::layer_norm(&plain, &weight, &bias, EPS)?;
+    let forward_roof = machine.roof(1, 2 * bytes)?;
+    let backward_roof = machine.roof(2, bytes)? * 4. / 3.;
+    let mut out = Vec::new();
+    let mut time = |dir, name, roof, call: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+        out.push(Row {
+            dir,
+            name,
+            us: machine.time(call)?,
+            roof: Some(roof),
+            wall_us: Some(machine.wall(call)?),
+        });
+        Ok(())
+    };
+    time("fwd", "add_fused", forward_roof, &mut || {
+        let _ = bench::add_layer_norm(x, residual, &weight, &bias, EPS)?;
+        Ok(())
+    })?;
+    time("fwd", "add_then_norm", forward_roof, &mut || {
+        let sum = (x.detach() + residual.detach())?;
+        let _ = bench::layer_norm(&sum, &weight, &bias, EPS)?;
+        Ok(())
+    })?;
+    time("bwd", "add_fused", backward_roof, &mut || {
+        backward(dy, &dsum)?;
+        Ok(())
+    })?;
+    time("bwd", "add_then_norm", backward_roof, &mut || {
+        let (dx, _, _) = plain_backward(dy)?;
+        let _ = (dx.context("no gradient")? + &dsum)?;
+        Ok(())
+    })?;
     Ok(out)
 }
 

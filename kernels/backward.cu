@@ -16,7 +16,7 @@
 #include "ring.cuh"
 
 constexpr int kThreads = 256;
-template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_ARGUMENTS) {
+template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_TAKES) {
   constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
@@ -37,7 +37,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     valid[k] = frame.column(k * kLanes + t) < cols;
-    own.start(k, load_param_of(frame, weight, k * kLanes + t, 1, frame.vectors(cols)));
+    own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, frame.vectors(cols)));
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -85,6 +85,10 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   for (int it = 0; it < iterations; it++) {
     const Normalizer row = {mean_ahead, rstd_ahead * varies};
     prefetch_statistics(it + 1);
+    const bool writes = it < own_iterations;
+    Arriving<kVec, kPer> arriving;
+#pragma unroll
+    for (int k = 0; k < kPer; k++) arriving.load(added, k, out + k * kLanes * kVec, writes && valid[k]);
     copy_async_wait<kRing - 1>();
     Pair sums = {0, 0};
 #pragma unroll
@@ -94,15 +98,15 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
         C::patch(frame, xs, k * kLanes + t, X(0.f));
         C::patch(frame, dys, k * kLanes + t, X(0.f));
       }
-      own.add(k, C::read(xs), C::read(dys), row, sums);
+      own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
     }
     const Scales scales = Scales::of(warp_sum(sums, kLanes), row, inv_cols, remove_mean);
-    const bool writes = dx && it < own_iterations;
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       Acc f[kVec];
-      own.gradient(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales, f);
-      store_of(frame, dx + out + k * kLanes * kVec, f, k * kLanes + t, writes && valid[k]);
+      own.gradient(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales, weight_offset, f);
+      arriving.finish(added, k, f, out + k * kLanes * kVec, writes && valid[k]);
+      store_of(frame, dx + out + k * kLanes * kVec, f, k * kLanes + t, dx && writes && valid[k]);
     }
     out += step;
     fill(it + kRing, at);
@@ -133,7 +137,8 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   }
 }
 
-#define BACKWARD_WARP(name, vec, lanes, per, blocks)                                                                   \
+#define BACKWARD_WARP(name, vec, lanes, per, blocks) BACKWARD_WARP_OF(name, vec, lanes, per, blocks)
+#define BACKWARD_WARP_OF(name, vec, lanes, per, blocks)                                                                 \
   extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                                       \
       backward_warp_##name##_##lanes##x##per(BACKWARD_ARGUMENTS) {                                                     \
     backward_warp<vec, per, lanes, kShifted>(BACKWARD_PASS);                                                           \
@@ -142,6 +147,11 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 constexpr bool kShifted = true;
 #else
 constexpr bool kShifted = false;
+#endif
+#ifdef LN_ADD
+#define WIDE add
+#else
+#define WIDE wide
 #endif
 
 #ifdef LN_SINGLE
@@ -162,18 +172,20 @@ BACKWARD_WARP(shifted, kWide, 32, 8, 1)
 BACKWARD_WARP(shifted, kWide, 32, 4, 1)
 #endif
 #elif LN_X_BYTES == 2
-BACKWARD_WARP(wide, kWide, 8, 2, 2)
-BACKWARD_WARP(wide, kWide, 16, 2, 2)
-BACKWARD_WARP(wide, kWide, 32, 2, 2)
-BACKWARD_WARP(wide, kWide, 32, 3, 1)
-BACKWARD_WARP(wide, kWide, 32, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 8, 2, 2)
+BACKWARD_WARP(WIDE, kWide, 16, 2, 2)
+BACKWARD_WARP(WIDE, kWide, 32, 2, 2)
+BACKWARD_WARP(WIDE, kWide, 32, 3, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
 #elif LN_X_BYTES == 4
-BACKWARD_WARP(wide, kWide, 8, 4, 1)
-BACKWARD_WARP(wide, kWide, 16, 4, 1)
-BACKWARD_WARP(wide, kWide, 32, 4, 1)
-BACKWARD_WARP(wide, kWide, 32, 6, 1)
-BACKWARD_WARP(wide, kWide, 32, 8, 1)
+BACKWARD_WARP(WIDE, kWide, 8, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 16, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 6, 1)
+#ifndef LN_ADD
+BACKWARD_WARP(WIDE, kWide, 32, 8, 1)
+#endif
 #else
-BACKWARD_WARP(wide, kWide, 8, 4, 1)
-BACKWARD_WARP(wide, kWide, 32, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 8, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
 #endif

@@ -22,7 +22,7 @@
 #include "ring.cuh"
 
 template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted>
-__device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings, int group_blocks, int teams) {
+__device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, int group_blocks, int teams) {
   constexpr int kSets = kLag <= 2 ? 4 : 8;
   static_assert(kSets >= kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
   constexpr int kMaxTeams = kOwner == Owner::Block ? 8 : 1;
@@ -120,20 +120,28 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
           C::patch(frame, xs, vector + k * kWarp, X(0.f));
           C::patch(frame, dys, vector + k * kWarp, X(0.f));
         }
-        own.add(k, C::read(xs), C::read(dys), row, sums);
+        own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
       }
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
     auto dx_row = own_rows.at(0);
+    const auto dx_offset = [&](const F& frame) { return offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step); };
+    // Of the row whose dx is written next, loaded while another is summed.
+    Arriving<kVec, kPer> arriving;
+    const auto load_arriving = [&](const F& frame) {
+#pragma unroll
+      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset(frame) + k * kWarp * kVec, valid[k]);
+    };
     const auto write_dx = [&](const F& frame, int it) {
       const Scales s = mail.wait(it);
-      X* const out = dx + offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step);
+      const int64_t out = dx_offset(frame);
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         Acc f[kVec];
-        own.gradient(k, C::read(dx_at + k * C::kChunk), C::read(dx_at + k * C::kChunk + C::kTensor), s, f);
-        store_of(frame, out + k * kWarp * kVec, f, vector + k * kWarp, dx && valid[k]);
+        own.gradient(k, C::read(dx_at + k * C::kChunk), C::read(dx_at + k * C::kChunk + C::kTensor), s, weight_offset, f);
+        arriving.finish(added, k, f, out + k * kWarp * kVec, valid[k]);
+        store_of(frame, dx + out + k * kWarp * kVec, f, vector + k * kWarp, dx && valid[k]);
       }
       if constexpr (kSorted) dx_row = own_rows.next(dx_row);
       fill(it + kRing, dx_at);
@@ -156,17 +164,21 @@ __device__ __forceinline__ void backward_ring(BACKWARD_ARGUMENTS, Pair* meetings
     do {
       const F frame(cols, dx_row);
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.start(k, load_param_of(frame, weight, vector + k * kWarp, 1, last));
+      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, last));
       const int start = it, stop = kSorted ? own_rows.end_of_kind(it, dx_row) : own_rows.count;
 #pragma unroll 1
       for (; it < min(start + kLag, stop); it++) add_row(frame, it);
 #pragma unroll 1
       for (; it < stop; it++) {
+        load_arriving(frame);
         add_row(frame, it);
         write_dx(frame, it - kLag);
       }
 #pragma unroll 1
-      for (int late = max(start, stop - kLag); late < stop; late++) write_dx(frame, late);
+      for (int late = max(start, stop - kLag); late < stop; late++) {
+        load_arriving(frame);
+        write_dx(frame, late);
+      }
 
 #pragma unroll
       for (int tensor = 0; tensor < 2; tensor++) {
@@ -213,25 +225,33 @@ constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 512;
 #else
 constexpr bool kShifted = false;
 constexpr int kBlock = LN_X_BYTES == 8 ? 416 : 640, kCluster = LN_X_BYTES == 8 ? 416 : 544, kGrid = LN_X_BYTES == 8 ? 384 : 640;
+#ifdef LN_ADD
+#define NAME(owner) owner##_add
+#else
 #define NAME(owner) owner##_wide
+#endif
 #endif
 #define RING(owner, per, ring, lag, type, comm, threads) RING_OF(NAME(owner), per, ring, lag, type, comm, threads)
 #define RING_OF(name, per, ring, lag, type, comm, threads) BACKWARD_RING(name, per, ring, lag, type, comm, threads)
 
 #if LN_X_BYTES == 2
 RING(block, 2, 3, 1, Owner::Block, 1, kBlock)
-RING(grid, 2, 6, 4, Owner::Grid, 4, kGrid)
 #elif LN_X_BYTES == 4
 RING(block, 2, 4, 2, Owner::Block, 1, kBlock)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#else
+RING(block, 4, 3, 1, Owner::Block, 1, kBlock)
+#endif
+#ifndef LN_ADD
+#if LN_X_BYTES == 2
+RING(grid, 2, 6, 4, Owner::Grid, 4, kGrid)
+#elif LN_X_BYTES == 8
+RING(grid, 4, 3, 2, Owner::Grid, 4, kGrid)
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 RING(grid, 4, 3, 2, Owner::Grid, 4, kGrid)
 #else
 // Shared memory holds no more warps there.
 RING(grid, 4, 3, 2, Owner::Grid, 4, 384)
 #endif
-#else
-RING(block, 4, 3, 1, Owner::Block, 1, kBlock)
-RING(grid, 4, 3, 2, Owner::Grid, 4, kGrid)
 #endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #if LN_X_BYTES == 8

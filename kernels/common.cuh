@@ -121,6 +121,21 @@ template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const
   return p ? load_vec<Param, kVec>(p + c, valid) : filled<Param, kVec>(absent);
 }
 
+// The vector at column c of a weight. `offset`: 0, or 1 for a weight that is centred at 0, which is added in the accumulation type: here
+// where weights have it, else at each use.
+constexpr bool kOffsetOnLoad = sizeof(Param) == sizeof(Acc);
+template <int kVec> __device__ __forceinline__ Vec<Param, kVec> with_offset(Vec<Param, kVec> w, Acc offset) {
+  if constexpr (kOffsetOnLoad) {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) w.v[i] += offset;
+  }
+  return w;
+}
+__device__ __forceinline__ Acc weight_of(Acc w, Acc offset) { return kOffsetOnLoad ? w : w + offset; }
+template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_weight(const Param* p, int c, Acc offset, bool valid = true) {
+  return with_offset<kVec>(load_param<kVec>(p, c, 1, valid), offset);
+}
+
 // How long L2 keeps what is copied or stored.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t p;
@@ -129,8 +144,7 @@ __device__ __forceinline__ uint64_t evict_first() {
 }
 
 // Stores y or dx. A predicated store keeps vectors that may not be valid in one basic block, where their latencies overlap.
-template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid = true) {
-  const Vec<T, kVec> r = Vec<T, kVec>::of(f);
+template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Vec<T, kVec>& r, bool valid) {
   if constexpr (sizeof(r) == 16) {
     const uint4& u = reinterpret_cast<const uint4&>(r);
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(p), "r"(u.x), "r"(u.y),
@@ -140,6 +154,9 @@ template <typename T, int kVec> __device__ __forceinline__ void store(T* p, cons
   }
 }
 
+template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid = true) {
+  store(p, Vec<T, kVec>::of(f), valid);
+}
 template <typename T, int kVec> __device__ __forceinline__ void store(T* p, const Acc (&f)[kVec], bool valid, uint64_t policy) {
   const Vec<T, kVec> r = Vec<T, kVec>::of(f);
   static_assert(sizeof(r) == 16, "16 bytes");

@@ -21,23 +21,23 @@ constexpr int kWarpRowThreads = 128;
 // The Normalizers of kRows slices are ready: writes y, with weight and bias loaded once.
 template <int kVec, int kPer, int kRows>
 __device__ __forceinline__ void write_rows(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y,
-                                           const Param* weight, const Param* bias, int rows, int t, int threads, int cols) {
+                                           const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * threads + t) * kVec;
     const bool valid = c < cols;
-    const Vec<Param, kVec> w = load_param<kVec>(weight, c, 1, valid), b = load_param<kVec>(bias, c, 0, valid);
+    const Vec<Param, kVec> w = load_weight<kVec>(weight, c, weight_offset, valid), b = load_param<kVec>(bias, c, 0, valid);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       Acc f[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) f[i] = n[r].xhat(slices[r].v[k][i]) * w[i] + b[i];
+      for (int i = 0; i < kVec; i++) f[i] = n[r].xhat(slices[r].v[k][i]) * weight_of(w[i], weight_offset) + b[i];
       store<X, kVec>(y + int64_t(r) * cols + c, f, valid && r < rows);
     }
   }
 }
 
-template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_ARGUMENTS) {
+template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
   const int t = threadIdx.x % kLanes;
   const int64_t first = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes * kRows;
   // Lanes past the last row stay for the shuffles.
@@ -47,6 +47,8 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
   Slice<kVec, kPer> slices[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, t, kLanes, r < own_rows ? cols : 0);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, t, kLanes, r < own_rows ? cols : 0);
   Normalizer n[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
@@ -58,11 +60,11 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
       if (rstd) rstd[first + r] = n[r].rstd;
     }
   }
-  write_rows(slices, n, y + first * cols, weight, bias, own_rows, t, kLanes, cols);
+  write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, t, kLanes, cols);
 }
 
 // The moments of each warp's columns are its own business; one barrier, and all warps merge them.
-template <int kVec, int kPer, int kRows> __device__ __forceinline__ void forward_block(FORWARD_ARGUMENTS) {
+template <int kVec, int kPer, int kRows> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   // Of the warps' columns: a center, and (mean - center, m2).
   __shared__ Acc centers[kRows][kWarp];
   __shared__ Pair part[kRows][kWarp];
@@ -73,6 +75,8 @@ template <int kVec, int kPer, int kRows> __device__ __forceinline__ void forward
   Slice<kVec, kPer> slices[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
   const auto columns_of = [&](int w) {
     int sum = 0;
 #pragma unroll
@@ -105,7 +109,7 @@ template <int kVec, int kPer, int kRows> __device__ __forceinline__ void forward
       if (rstd) rstd[first + r] = n[r].rstd;
     }
   }
-  write_rows(slices, n, y + first * cols, weight, bias, own_rows, threadIdx.x, threads, cols);
+  write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
 }
 
 // `blocks` on a multiprocessor: as many as the registers of kPer vectors allow.
@@ -134,6 +138,23 @@ FORWARD_BLOCK(single, 1, 8, 1, 512, 1)
 #else
 FORWARD_WARP(single, 1, 32, 16, 1, 4)
 FORWARD_BLOCK(single, 1, 16, 1, 512, 1)
+#endif
+#elif defined(LN_ADD)
+FORWARD_WARP(add, kWide, 4, 4, 1, 4)
+#if LN_X_BYTES == 2
+FORWARD_WARP(add, kWide, 16, 2, 1, 8)
+FORWARD_WARP(add, kWide, 32, 2, 1, 8)
+FORWARD_WARP(add, kWide, 32, 3, 1, 6)
+FORWARD_BLOCK(add, kWide, 2, 1, 512, 3)
+FORWARD_BLOCK(add, kWide, 4, 1, 512, 2)
+#elif LN_X_BYTES == 4
+FORWARD_WARP(add, kWide, 16, 2, 1, 8)
+FORWARD_WARP(add, kWide, 32, 2, 1, 8)
+FORWARD_BLOCK(add, kWide, 2, 1, 512, 3)
+FORWARD_BLOCK(add, kWide, 4, 1, 1024, 1)
+#else
+FORWARD_WARP(add, kWide, 32, 4, 1, 4)
+FORWARD_BLOCK(add, kWide, 4, 1, 512, 1)
 #endif
 #elif LN_X_BYTES == 2
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)

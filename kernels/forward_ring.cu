@@ -21,7 +21,7 @@
 
 // kSlots chunks a warp in the ring; the statistics run kLead chunks ahead of y, across rows, so that nobody waits for them.
 template <int kVec, int kPer, int kSlots, int kLead, Owner kOwner, int kComm, bool kGiant, bool kShifted>
-__device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, int group_blocks) {
+__device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int group_blocks) {
   constexpr int kLag = (kLead + kPer - 1) / kPer, kSets = kLag <= 2 ? 4 : 8;
   static_assert(kSlots > kLead && kLead >= kPer && kSets >= kLag + 2, "sets and slots that cannot be overrun");
   static_assert(kGiant || kSlots % kPer == 0, "slots that keep to their k");
@@ -184,7 +184,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
       Vec<Param, kVec> w[kPer], b[kPer];
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        w[k] = load_param_of(frame, weight, vector + k * kWarp, 1, last);
+        w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, last);
         b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, last);
       }
       const int stop = own.end_of_kind(it, out_row);
@@ -199,7 +199,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
           b[k].keep();
           Acc f[kVec];
 #pragma unroll
-          for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * w[k][i] + b[k][i];
+          for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + b[k][i];
           if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(k), once);
           else store_of(frame, out + k * kWarp * kVec, f, vector + k * kWarp, valid(k));
           // The slot's next chunk is kSlots further on.
@@ -219,7 +219,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_ARGUMENTS, Pair* meetings, 
 constexpr int kThreads = 256;
 
 // A persistent warp owns rows, as in backward.cu.
-template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(FORWARD_ARGUMENTS) {
+template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(FORWARD_TAKES) {
   constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
@@ -234,7 +234,7 @@ template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(
   for (int k = 0; k < kPer; k++) {
     const int vector = k * kWarp + lane;
     valid[k] = frame.column(vector) < cols;
-    w[k] = load_param_of(frame, weight, vector, 1, frame.vectors(cols));
+    w[k] = load_weight_of(frame, weight, vector, weight_offset, frame.vectors(cols));
     b[k] = load_param_of(frame, bias, vector, 0, frame.vectors(cols));
     columns += frame.count(vector, vector + 1);
     if (!valid[k])
@@ -271,7 +271,7 @@ template <int kVec, int kPer> __device__ __forceinline__ void forward_warp_ring(
       const Vec<X, kVec> v = C::read(at + k * C::kChunk);
       Acc f[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * w[k][i] + b[k][i];
+      for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + b[k][i];
       store_of(frame, out + k * kWarp * kVec, f, k * kWarp + lane, valid[k]);
     }
     if (lane == 0) {

@@ -110,6 +110,11 @@ __device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShi
     return Vec<Param, kVec>::of(f);
   }
 }
+// As load_weight, of a vector before vector `end`.
+template <int kVec, bool kShifted>
+__device__ __forceinline__ Vec<Param, kVec> load_weight_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc offset, int end) {
+  return with_offset<kVec>(load_param_of(frame, p, vector, 1, end), offset);
+}
 // Stores the vector at p, of which a row's first and last may hold less.
 template <int kVec, bool kShifted>
 __device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* p, const Acc (&f)[kVec], int vector, bool valid) {

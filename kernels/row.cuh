@@ -2,19 +2,55 @@
 #pragma once
 #include "common.cuh"
 
-// What every kernel of a pass takes, but those of split.cu.
-#define FORWARD_ARGUMENTS                                                                                              \
+// What the kernels with LN_ADD take besides, and do: see add.cuh. The others do nothing there.
+#ifdef LN_ADD
+#include "add.cuh"
+#define FORWARD_ADD_ARGUMENTS                                                                                          \
+  , X *__restrict__ sum /* [rows, cols] */, const X *__restrict__ residual /* [rows, cols] */, DROPOUT_ARGUMENTS
+#define FORWARD_ADD_PASS , ForwardAdd{sum, residual, DROPOUT}
+#define BACKWARD_ADD_ARGUMENTS                                                                                         \
+  , X *__restrict__ dresidual /* [rows, cols] */, const X *__restrict__ dsum /* [rows, cols] */, DROPOUT_ARGUMENTS
+#define BACKWARD_ADD_PASS , BackwardAdd{dresidual, dsum, DROPOUT}
+constexpr bool kAdds = true;
+struct ForwardAdd {
+  X* sum;
+  const X* residual;
+  Dropout dropout;
+};
+struct BackwardAdd {
+  X* dresidual;
+  const X* dsum;
+  Dropout dropout;
+};
+#else
+#define FORWARD_ADD_ARGUMENTS
+#define FORWARD_ADD_PASS , {}
+#define BACKWARD_ADD_ARGUMENTS
+#define BACKWARD_ADD_PASS , {}
+constexpr bool kAdds = false;
+struct ForwardAdd {};
+struct BackwardAdd {
+  static constexpr X* dresidual = nullptr;
+};
+#endif
+
+// What every kernel of a pass takes, but those of split.cu, and what it passes on.
+#define FORWARD_BASE                                                                                                   \
   X *__restrict__ y /* [rows, cols] */, Acc *__restrict__ mean /* [rows] */, Acc *__restrict__ rstd /* [rows] */,       \
       const X *__restrict__ x /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                       \
-      const Param *__restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps, int remove_mean
-#define FORWARD_PASS y, mean, rstd, x, weight, bias, rows, cols, eps, remove_mean
-#define BACKWARD_ARGUMENTS                                                                                             \
+      const Param *__restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps, int remove_mean, Acc weight_offset
+#define FORWARD_ARGUMENTS FORWARD_BASE FORWARD_ADD_ARGUMENTS
+#define FORWARD_TAKES FORWARD_BASE, const ForwardAdd &added
+#define FORWARD_PASS y, mean, rstd, x, weight, bias, rows, cols, eps, remove_mean, weight_offset FORWARD_ADD_PASS
+#define BACKWARD_BASE                                                                                                  \
   X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
       Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
       const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
       const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
-      int remove_mean
-#define BACKWARD_PASS dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, rows, cols, remove_mean
+      int remove_mean, Acc weight_offset
+#define BACKWARD_ARGUMENTS BACKWARD_BASE BACKWARD_ADD_ARGUMENTS
+#define BACKWARD_TAKES BACKWARD_BASE, const BackwardAdd &added
+#define BACKWARD_PASS dx, dweight_part, dbias_part, x, dy, weight, mean, rstd, rows, cols, remove_mean, weight_offset BACKWARD_ADD_PASS
 
 // Gives xhat of a row; 0 exactly where x is the mean, as x * rstd - mean * rstd would not be.
 struct alignas(sizeof(Acc) * 2) Normalizer {
@@ -34,6 +70,19 @@ template <int kVec, int kPer> struct Slice {
       const int c = (k * threads + t) * kVec;
       v[k] = load_vec<X, kVec>(row + c, c < cols);
     }
+  }
+  // x, which was loaded, becomes the sum with the residual, and the sum is stored. `at` is where the row starts in its tensor.
+  __device__ __forceinline__ void add(const ForwardAdd& added, int64_t at, int t, int threads, int cols) {
+#ifdef LN_ADD
+    Slice residual;
+    residual.load(added.residual + at, t, threads, cols);
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * threads + t) * kVec;
+      add_residual(v[k], residual.v[k], added.dropout, at + c);
+      store(added.sum + at + c, v[k], c < cols);
+    }
+#endif
   }
   __device__ __forceinline__ Acc sum() const {
     Acc s = 0;
@@ -82,14 +131,14 @@ template <int kVec, int kPer> struct Columns {
     for (int i = 0; i < kVec; i++) dweight[k][i] = dbias[k][i] = 0;
   }
   // Adds vector k of a row to the sums over rows, and its part of the row's own sums to `sums`.
-  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Pair& sums) {
+  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Acc weight_offset, Pair& sums) {
     weight[k].keep();
     // Two short chains of additions for one long one, where registers allow.
     constexpr bool kSplit = sizeof(X) == 2;
     Pair s = kSplit ? Pair{0, 0} : sums;
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
-      const Acc xhat = row.xhat(x[i]), d = dy[i], g = d * weight[k][i];
+      const Acc xhat = row.xhat(x[i]), d = dy[i], g = d * weight_of(weight[k][i], weight_offset);
       s.a += g;
       s.b += g * xhat;
       dbias[k][i] += d;
@@ -97,16 +146,32 @@ template <int kVec, int kPer> struct Columns {
     }
     sums = kSplit ? sums + s : s;
   }
-  __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc (&f)[kVec]) {
+  __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc weight_offset, Acc (&f)[kVec]) {
     weight[k].keep();
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight[k][i]);
+    for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight_of(weight[k][i], weight_offset));
   }
-  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, bool valid) {
+  __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc weight_offset, bool valid) {
     Acc f[kVec];
-    gradient(k, x, dy, s, f);
+    gradient(k, x, dy, s, weight_offset, f);
     store<X, kVec>(dx, f, valid);
   }
+};
+
+// The gradient that arrives at the sum of x and a residual, in the vectors of a row of which a thread writes dx; nothing elsewhere.
+template <int kVec, int kPer> struct Arriving {
+#ifdef LN_ADD
+  Vec<X, kVec> v[kPer];
+  __device__ __forceinline__ void load(const BackwardAdd& added, int k, int64_t at, bool valid) {
+    v[k] = load_vec<X, kVec>(added.dsum + at, valid && added.dsum);
+  }
+  __device__ __forceinline__ void finish(const BackwardAdd& added, int k, Acc (&f)[kVec], int64_t at, bool valid) {
+    add_gradient(f, v[k], added.dresidual, added.dropout, at, valid);
+  }
+#else
+  __device__ __forceinline__ void load(const BackwardAdd&, int, int64_t, bool) {}
+  __device__ __forceinline__ void finish(const BackwardAdd&, int, Acc (&)[kVec], int64_t, bool) {}
+#endif
 };
 
 // Adds up the dweight or dbias that `owners` of a block left in shared memory, in order.

@@ -98,7 +98,7 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
 
 template <int kVec>
 __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, const Pair* part, const X* x, const Param* weight,
-                                                const Param* bias, int64_t rows, int cols, Acc eps) {
+                                                const Param* bias, int64_t rows, int cols, Acc eps, Acc weight_offset) {
   __shared__ Normalizer normalizers[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
   y += p.row * cols;
 #pragma unroll 1
   for (int v = last_of(p); v >= 0; v -= p.step) {
-    const Vec<Param, kVec> w = load_param<kVec>(weight, v * kVec, 1), b = load_param<kVec>(bias, v * kVec, 0);
+    const Vec<Param, kVec> w = load_weight<kVec>(weight, v * kVec, weight_offset), b = load_param<kVec>(bias, v * kVec, 0);
 #pragma unroll
     for (int first = 0; first < kRows; first += kBatch) {
       Vec<X, kVec> xs[kBatch];
@@ -144,7 +144,7 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
         const Normalizer n = normalizers[first + r];
         Acc f[kVec];
 #pragma unroll
-        for (int i = 0; i < kVec; i++) f[i] = n.xhat(xs[r][i]) * w[i] + b[i];
+        for (int i = 0; i < kVec; i++) f[i] = n.xhat(xs[r][i]) * weight_of(w[i], weight_offset) + b[i];
         store<X, kVec>(y + int64_t(first + r) * cols + v * kVec, f, first + r < p.rows);
       }
     }
@@ -157,7 +157,8 @@ template <int kVec> __device__ __forceinline__ void store_params(Param* p, const
 
 template <int kVec>
 __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dweight_part, Acc* dbias_part, Pair* part, const X* x, const X* dy,
-                                           const Param* weight, const Acc* mean, const Acc* rstd, int64_t rows, int cols) {
+                                           const Param* weight, const Acc* mean, const Acc* rstd, int64_t rows, int cols,
+                                           Acc weight_offset) {
   __shared__ Normalizer normalizers[kRows];
   __shared__ Pair warps[kRows][kWarps];
   const Piece p = piece_of<kVec>(rows, cols);
@@ -175,7 +176,7 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
 #pragma unroll 1
   for (uint32_t v = p.first; v < uint32_t(p.vectors); v += p.step) {
     Columns<kVec, 1> own;
-    own.start(0, load_param<kVec>(weight, v * kVec, 1));
+    own.start(0, load_weight<kVec>(weight, v * kVec, weight_offset));
 #pragma unroll
     for (int first = 0; first < kRows; first += kBatch) {
       Vec<X, kVec> xs[kBatch], dys[kBatch];
@@ -186,7 +187,7 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
         dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows);
       }
 #pragma unroll
-      for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], sums[first + r]);
+      for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], weight_offset, sums[first + r]);
     }
     const int64_t at = blockIdx.y * int64_t(cols) + v * kVec;
     if (dweight_part) store_acc<kVec>(dweight_part + at, own.dweight[0]);
@@ -208,7 +209,8 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
 
 template <int kVec>
 __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X* x, const X* dy, const Param* weight,
-                                                const Acc* mean, const Acc* rstd, int64_t rows, int cols, int remove_mean) {
+                                                const Acc* mean, const Acc* rstd, int64_t rows, int cols, int remove_mean,
+                                                Acc weight_offset) {
   __shared__ Scales scales[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
@@ -226,7 +228,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
 #pragma unroll 1
   for (int v = last_of(p); v >= 0; v -= p.step) {
     Columns<kVec, 1> own;
-    own.start(0, load_param<kVec>(weight, v * kVec, 1));
+    own.start(0, load_weight<kVec>(weight, v * kVec, weight_offset));
 #pragma unroll
     for (int first = 0; first < kRows; first += kBatch) {
       Vec<X, kVec> xs[kBatch], dys[kBatch];
@@ -238,7 +240,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
       }
 #pragma unroll
       for (int r = 0; r < kBatch; r++)
-        own.store_dx(dx + int64_t(first + r) * cols + v * kVec, 0, xs[r], dys[r], scales[first + r], first + r < p.rows);
+        own.store_dx(dx + int64_t(first + r) * cols + v * kVec, 0, xs[r], dys[r], scales[first + r], weight_offset, first + r < p.rows);
     }
   }
 }
@@ -253,8 +255,9 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
       split_normalize_##name(X* __restrict__ y /* [rows, cols] */, Acc* __restrict__ mean /* [rows] */,                \
                              Acc* __restrict__ rstd /* [rows] */, const Pair* __restrict__ part /* [rows, blocks] */,  \
                              const X* __restrict__ x /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */, \
-                             const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps) {           \
-    split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps);                                       \
+                             const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps,             \
+                             Acc weight_offset) {                                                                      \
+    split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps, weight_offset);                                       \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
       split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \
@@ -263,15 +266,16 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
                         Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,      \
                         const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */,    \
                         const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,          \
-                        int64_t rows, int cols) {                                                                      \
-    split_sums<vec>(dweight, dbias, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols);                            \
+                        int64_t rows, int cols, Acc weight_offset) {                                                   \
+    split_sums<vec>(dweight, dbias, dweight_part, dbias_part, part, x, dy, weight, mean, rstd, rows, cols, weight_offset); \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
       split_gradients_##name(X* __restrict__ dx /* [rows, cols] */, const Pair* __restrict__ part /* [rows, blocks] */, \
                              const X* __restrict__ x /* [rows, cols] */, const X* __restrict__ dy /* [rows, cols] */,  \
                              const Param* __restrict__ weight /* [cols] */, const Acc* __restrict__ mean /* [rows] */, \
-                             const Acc* __restrict__ rstd /* [rows] */, int64_t rows, int cols, int remove_mean) {     \
-    split_gradients<vec>(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean);                                \
+                             const Acc* __restrict__ rstd /* [rows] */, int64_t rows, int cols, int remove_mean,       \
+                             Acc weight_offset) {                                                                      \
+    split_gradients<vec>(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean, weight_offset);                 \
   }
 
 #ifdef LN_SINGLE

@@ -1,6 +1,7 @@
 //! What `benches/` and `examples/tune.rs` need and a model does not: the backward pass on its own, and choosing kernels. Not part of
 //! the public API.
 
+use crate::add::{self, AddArgs};
 use crate::cpu::{BackwardPass, Element, ForwardPass};
 use crate::op::{BackwardArgs, NormOp};
 pub use crate::plan::{Access, Choice};
@@ -28,6 +29,40 @@ pub fn layer_norm(
     let (xs, weight, bias, result) = (xs.clone(), weight.clone(), bias.clone(), ys.clone());
     Ok((ys, move |dy: &Tensor| {
         op.bwd(&xs, &weight, &bias, &result, dy)
+    }))
+}
+
+/// The gradients of xs, residual, weight and bias of a norm of a sum.
+pub type AddGradients = [Option<Tensor>; 4];
+
+/// As [`layer_norm`], of the sum of `xs` and `residual`. The backward pass takes the gradients of ys and sum.
+#[expect(clippy::type_complexity)]
+pub fn add_layer_norm(
+    xs: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> Result<(
+    (Tensor, Tensor),
+    impl Fn(&Tensor, &Tensor) -> Result<AddGradients>,
+)> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, eps)?;
+    let args = AddArgs {
+        x: xs.clone(),
+        residual: residual.clone(),
+        weight: Some(weight.clone()),
+        bias: Some(bias.clone()),
+    };
+    let (ys, sum, pass) = add::run(problem, &args, None)?;
+    Ok(((ys, sum), move |dy: &Tensor, dsum: &Tensor| {
+        let gradients = pass.backward_of(dy, dsum)?;
+        Ok([
+            gradients.dx,
+            gradients.dresidual,
+            gradients.dweight,
+            gradients.dbias,
+        ])
     }))
 }
 

@@ -1,6 +1,7 @@
 //! The layers, under candle-nn's names and signatures.
 
-use crate::ops;
+use crate::add::AddArgs;
+use crate::ops::{self, Dropout};
 use candle_core::{Module, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -204,4 +205,54 @@ pub fn rms_norm<S: Into<Shape>>(size: S, eps: f64, vb: VarBuilder) -> Result<Rms
         affine: false,
     };
     Ok(RmsNorm(layer_norm(size, config, vb)?))
+}
+
+impl LayerNorm {
+    /// The norm of `residual + xs`, and that sum: see [`ops::add_layer_norm`].
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.add(xs, residual, None)
+    }
+
+    /// The norm of `residual + dropout(xs)`, and that sum: see [`ops::dropout_add_layer_norm`].
+    pub fn forward_dropout_add(
+        &self,
+        xs: &Tensor,
+        residual: &Tensor,
+        dropout: Dropout,
+    ) -> Result<(Tensor, Tensor)> {
+        self.add(xs, residual, Some(dropout))
+    }
+
+    fn add(
+        &self,
+        xs: &Tensor,
+        residual: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<(Tensor, Tensor)> {
+        let args = AddArgs {
+            x: xs,
+            residual,
+            weight: Some(&self.weight),
+            bias: self.bias.as_ref(),
+        };
+        let shape = self.weight.dims();
+        ops::add_normalize(&args, shape, self.remove_mean, self.eps, dropout)
+    }
+}
+
+impl RmsNorm {
+    /// The norm of `residual + xs`, and that sum: see [`ops::add_rms_norm`].
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.0.forward_add(xs, residual)
+    }
+
+    /// The norm of `residual + dropout(xs)`, and that sum: see [`ops::dropout_add_rms_norm`].
+    pub fn forward_dropout_add(
+        &self,
+        xs: &Tensor,
+        residual: &Tensor,
+        dropout: Dropout,
+    ) -> Result<(Tensor, Tensor)> {
+        self.0.forward_dropout_add(xs, residual, dropout)
+    }
 }

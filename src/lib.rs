@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+mod add;
 #[doc(hidden)]
 pub mod bench;
 pub mod composed;
@@ -16,6 +17,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod cuda;
+mod dropout;
 mod grad_audit;
 mod layer_norm;
 mod op;

@@ -9,6 +9,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape,
     Storage, Tensor, bail,
 };
+use std::ops::Deref;
 use std::sync::OnceLock;
 
 /// One call of the op. candle takes it by value, so that it lives for one forward and keeps that forward's statistics.
@@ -79,11 +80,7 @@ impl NormOp {
         wrap: impl Fn(S) -> Storage,
     ) -> Result<(S, Shape)> {
         if let Some(kept) = forward.statistics {
-            let rows = self.problem.rows;
-            let parts = if self.problem.remove_mean { 2 } else { 1 };
-            let kept = Tensor::from_storage(wrap(kept), parts * rows, BackpropOp::none(), false);
-            let rstd = kept.narrow(0, (parts - 1) * rows, rows)?;
-            let mean = (parts == 2).then(|| kept.narrow(0, 0, rows)).transpose()?;
+            let (mean, rstd) = split_statistics(&self.problem, wrap(kept))?;
             // A second forward of the same op value would compute the same statistics.
             let _ = self.statistics.set(Statistics { mean, rstd });
         }
@@ -168,39 +165,75 @@ impl NormOp {
         let locked = args.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
         match device {
             Device::Cpu => {
-                let args = locked.try_map(|(storage, layout)| match &**storage {
-                    Storage::Cpu(storage) => Ok((storage, *layout)),
-                    _ => self.elsewhere(device),
-                })?;
+                let args = locked.try_map(|locked| on_cpu(&self.problem, locked))?;
                 Ok(cpu::backward(&self.problem, &args, wanted)?.map(Storage::Cpu))
             }
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                let args = locked.try_map(|(storage, layout)| match &**storage {
-                    Storage::Cuda(storage) => Ok((storage, *layout)),
-                    _ => self.elsewhere(device),
-                })?;
+                let args = locked.try_map(|locked| on_cuda(&self.problem, locked))?;
                 Ok(cuda::backward(&self.problem, &args, wanted)?.map(Storage::Cuda))
             }
-            device => bail!(
-                "{}: backward: expected a device with a kernel, got {:?}",
-                self.problem.op_name(),
-                device.location()
-            ),
+            device => no_kernel(&self.problem, device),
         }
-    }
-
-    fn elsewhere<T>(&self, device: &Device) -> Result<T> {
-        bail!(
-            "{}: backward: expected all tensors on device {:?} (as xs), got one elsewhere",
-            self.problem.op_name(),
-            device.location()
-        )
     }
 }
 
+/// mean, which RMSNorm does not have, and rstd of all rows, from the [`Forward::statistics`] of a forward pass.
+pub(crate) fn split_statistics(
+    problem: &Problem,
+    storage: Storage,
+) -> Result<(Option<Tensor>, Tensor)> {
+    let rows = problem.rows;
+    let means = if problem.remove_mean { rows } else { 0 };
+    let both = Tensor::from_storage(storage, means + rows, BackpropOp::none(), false);
+    let mean = problem
+        .remove_mean
+        .then(|| both.narrow(0, 0, rows))
+        .transpose()?;
+    Ok((mean, both.narrow(0, means, rows)?))
+}
+
+/// A tensor's storage, locked for reading, where it has to be.
+pub(crate) fn on_cpu<'a, S: Deref<Target = Storage>>(
+    problem: &Problem,
+    (storage, layout): &'a (S, &Layout),
+) -> Result<Operand<'a, CpuStorage>> {
+    match &**storage {
+        Storage::Cpu(storage) => Ok((storage, layout)),
+        storage => elsewhere(problem, "the CPU", storage),
+    }
+}
+
+/// As [`on_cpu`].
+#[cfg(feature = "cuda")]
+pub(crate) fn on_cuda<'a, S: Deref<Target = Storage>>(
+    problem: &Problem,
+    (storage, layout): &'a (S, &Layout),
+) -> Result<Operand<'a, CudaStorage>> {
+    match &**storage {
+        Storage::Cuda(storage) => Ok((storage, layout)),
+        storage => elsewhere(problem, "CUDA", storage),
+    }
+}
+
+pub(crate) fn elsewhere<T>(problem: &Problem, expected: &str, storage: &Storage) -> Result<T> {
+    bail!(
+        "{}: expected all tensors on {expected} (as xs), got one on {:?}",
+        problem.op_name(),
+        storage.device().location()
+    )
+}
+
+pub(crate) fn no_kernel<T>(problem: &Problem, device: &Device) -> Result<T> {
+    bail!(
+        "{}: expected a device with a kernel, got {:?}",
+        problem.op_name(),
+        device.location()
+    )
+}
+
 impl<T> BackwardArgs<T> {
-    fn try_map<'a, R>(&'a self, f: impl Fn(&'a T) -> Result<R>) -> Result<BackwardArgs<R>> {
+    pub fn try_map<'a, R>(&'a self, f: impl Fn(&'a T) -> Result<R>) -> Result<BackwardArgs<R>> {
         Ok(BackwardArgs {
             x: f(&self.x)?,
             weight: self.weight.as_ref().map(&f).transpose()?,

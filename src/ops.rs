@@ -15,7 +15,12 @@
 //! A wrong shape, an unsupported dtype, tensors on several devices, or an `eps` that is negative or not finite: the
 //! message names the op, the argument, what was expected and what was given.
 
-use crate::{op::NormOp, problem::Problem};
+pub use crate::dropout::Dropout;
+use crate::{
+    add::{self, AddArgs},
+    op::NormOp,
+    problem::Problem,
+};
 use candle_core::{Result, Shape, Tensor};
 
 /// `(xs - mean) / sqrt(var + eps) * weight + bias`, the statistics taken over the dims that `weight` has.
@@ -73,6 +78,120 @@ pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     normalize(xs, weight.dims(), Some(weight), None, false, f64::from(eps))
 }
 
+/// The norm of a sum, and the sum: `sum = residual + xs`, `ys = layer_norm(sum)`. Returns `(ys, sum)`.
+///
+/// What a transformer's block begins with: `sum` is the residual stream that goes on, `ys` what the next layer takes. One
+/// kernel reads `xs` and `residual` and writes both. Backward, one kernel takes the gradients that arrive at both and
+/// writes the one of `xs` and `residual`, which is the same.
+///
+/// `residual` has the shape, dtype and device of `xs`. The sum is rounded to that dtype before it is normalised: the result
+/// is that of [`layer_norm`] of it, bit for bit on the CPU. Rows that a block's registers do not hold (f32: 16384
+/// columns), and rows that do not start on 16 bytes, are added in a launch of their own, as they are on the CPU.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_fused_layer_norm::ops;
+/// # fn main() -> candle_core::Result<()> {
+/// let xs = Var::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+/// let residual = Var::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+/// let weight = Var::ones(8, candle_core::DType::F32, &Device::Cpu)?;
+/// let bias = Var::zeros(8, candle_core::DType::F32, &Device::Cpu)?;
+/// let (ys, sum) = ops::add_layer_norm(&xs, &residual, &weight, &bias, 1e-5)?;
+/// let grads = (ys.sqr()? + sum)?.sum_all()?.backward()?;
+/// for var in [&xs, &residual, &weight, &bias] {
+///     assert!(grads.get(var).is_some());
+/// }
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// Those of [the module](self), and for a `residual` that is not like `xs`.
+///
+/// Source: the `prenorm` of flash-attention's and the fused add of Liger's norms.
+pub fn add_layer_norm(
+    xs: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    let args = AddArgs {
+        x: xs,
+        residual,
+        weight: Some(weight),
+        bias: Some(bias),
+    };
+    add_normalize(&args, weight.dims(), true, f64::from(eps), None)
+}
+
+/// [`add_layer_norm`] for RMSNorm, without a bias.
+pub fn add_rms_norm(
+    xs: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    let args = AddArgs {
+        x: xs,
+        residual,
+        weight: Some(weight),
+        bias: None,
+    };
+    add_normalize(&args, weight.dims(), false, f64::from(eps), None)
+}
+
+/// [`add_layer_norm`] of `sum = residual + dropout(xs)`, where dropout takes no memory: see [`Dropout`].
+///
+/// Source: `dropout_add_layer_norm` of flash-attention.
+pub fn dropout_add_layer_norm(
+    xs: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+    dropout: Dropout,
+) -> Result<(Tensor, Tensor)> {
+    let args = AddArgs {
+        x: xs,
+        residual,
+        weight: Some(weight),
+        bias: Some(bias),
+    };
+    add_normalize(&args, weight.dims(), true, f64::from(eps), Some(dropout))
+}
+
+/// [`add_rms_norm`] of `sum = residual + dropout(xs)`.
+pub fn dropout_add_rms_norm(
+    xs: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f32,
+    dropout: Dropout,
+) -> Result<(Tensor, Tensor)> {
+    let args = AddArgs {
+        x: xs,
+        residual,
+        weight: Some(weight),
+        bias: None,
+    };
+    add_normalize(&args, weight.dims(), false, f64::from(eps), Some(dropout))
+}
+
+/// The one way into the fused op of a sum.
+pub(crate) fn add_normalize(
+    args: &AddArgs<&Tensor>,
+    normalized_shape: &[usize],
+    remove_mean: bool,
+    eps: f64,
+    dropout: Option<Dropout>,
+) -> Result<(Tensor, Tensor)> {
+    let AddArgs {
+        x, weight, bias, ..
+    } = *args;
+    let problem = Problem::new(x, normalized_shape, weight, bias, remove_mean, eps)?;
+    add::normalize(problem, args, dropout)
+}
+
 /// The one way into the fused op, with every choice open.
 pub(crate) fn normalize(
     xs: &Tensor,
@@ -106,7 +225,7 @@ pub(crate) fn normalize(
 }
 
 /// Whether candle keeps the graph of the backward pass itself. Read once a thread, as candle does.
-fn second_order() -> bool {
+pub(crate) fn second_order() -> bool {
     thread_local! {
         static DO_NOT_DETACH: bool =
             std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|s| !s.is_empty() && s != "0");

@@ -295,6 +295,11 @@ const fn split(
     }
 }
 
+/// `kernel` of a file that is compiled with LN_ADD.
+const fn adds(file: &'static str, kernel: Kernel) -> Kernel {
+    Kernel { file, ..kernel }
+}
+
 /// Bytes of x to which a call is over in a wave of blocks: what counts is how soon the first bytes arrive, and how little code does.
 const ONE_WAVE: usize = 4 << 20;
 
@@ -404,6 +409,38 @@ const BACKWARD: &[Kernel] = &[
     ring("backward_ring", "backward_grid_wide", Regime::Grid, &[8], [4, 12, 4], [8, 8]),
     split("split", "split_sums_wide", "split_gradients_wide", Access::Wide),
     split("split_single", "split_sums_single", "split_gradients_single", Access::Single),
+];
+
+/// Kernels of the forward pass that add a residual.
+#[rustfmt::skip]
+const FORWARD_ADD: &[Kernel] = &[
+    adds("forward_add", forward_warp("forward_warp_add_4x4x1", Access::Wide, &[2, 4, 8], 4, 4, 1)),
+    adds("forward_add", forward_warp("forward_warp_add_16x2x1", Access::Wide, &[2, 4], 16, 2, 1)),
+    adds("forward_add", forward_warp("forward_warp_add_32x2x1", Access::Wide, &[2, 4], 32, 2, 1)),
+    adds("forward_add", forward_warp("forward_warp_add_32x3x1", Access::Wide, &[2], 32, 3, 1)),
+    adds("forward_add", forward_warp("forward_warp_add_32x4x1", Access::Wide, &[8], 32, 4, 1)),
+    adds("forward_add", forward_block("forward_block_add_2x1", Access::Wide, &[2, 4], 2, 1, [16, 16])),
+    adds("forward_add", forward_block("forward_block_add_4x1", Access::Wide, &[4], 4, 1, [32, 32])),
+    adds("forward_add", forward_block("forward_block_add_4x1", Access::Wide, &[2, 8], 4, 1, [16, 16])),
+];
+
+/// Kernels of the backward pass that take the gradient of the sum with a residual.
+#[rustfmt::skip]
+const BACKWARD_ADD: &[Kernel] = &[
+    adds("backward_add", backward_warp("backward_warp_add_8x2", Access::Wide, &[2], 8, 2, 2)),
+    adds("backward_add", backward_warp("backward_warp_add_16x2", Access::Wide, &[2], 16, 2, 2)),
+    adds("backward_add", backward_warp("backward_warp_add_32x2", Access::Wide, &[2], 32, 2, 2)),
+    adds("backward_add", backward_warp("backward_warp_add_32x3", Access::Wide, &[2], 32, 3, 1)),
+    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[2], 32, 4, 1)),
+    adds("backward_add", backward_warp("backward_warp_add_8x4", Access::Wide, &[4, 8], 8, 4, 1)),
+    adds("backward_add", backward_warp("backward_warp_add_16x4", Access::Wide, &[4], 16, 4, 1)),
+    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[4, 8], 32, 4, 1)),
+    adds("backward_add", backward_warp("backward_warp_add_32x6", Access::Wide, &[4], 32, 6, 1)),
+    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[2], [2, 6, 1], [16, 16])),
+    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[4], [2, 8, 1], [16, 16])),
+    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[8], [4, 12, 1], [12, 12])),
+    adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[2, 4], [2, 12, 1], [16, 16])),
+    adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[8], [4, 12, 1], [12, 12])),
 ];
 
 /// Elements in a vector: 16 bytes, or one.
@@ -531,6 +568,8 @@ struct Planner<'a> {
     device: &'a DeviceFacts,
     /// Tensors that pass through the ring: x, or x and dy.
     tensors: usize,
+    /// Whether there is a residual to be added.
+    adds: bool,
 }
 
 impl<'a> Planner<'a> {
@@ -540,6 +579,7 @@ impl<'a> Planner<'a> {
             access,
             device,
             tensors: 1,
+            adds: false,
         }
     }
 
@@ -575,7 +615,12 @@ impl<'a> Planner<'a> {
     }
 
     fn kernels(&self) -> impl Iterator<Item = &'static Kernel> {
-        let table = if self.tensors == 1 { FORWARD } else { BACKWARD };
+        let table = match (self.tensors, self.adds) {
+            (1, false) => FORWARD,
+            (1, true) => FORWARD_ADD,
+            (_, false) => BACKWARD,
+            (_, true) => BACKWARD_ADD,
+        };
         let (access, size) = (self.access, self.size());
         let param_size = self.problem.param_dtype.size_in_bytes();
         table
@@ -670,14 +715,18 @@ impl<'a> Planner<'a> {
     }
 
     /// The first kernel that holds the row.
-    fn default(&self) -> Result<(&'static Kernel, Choice)> {
+    fn first(&self) -> Option<(&'static Kernel, Choice)> {
         let bytes = self
             .problem
             .rows
             .saturating_mul(self.problem.cols)
             .saturating_mul(self.size());
         let mut meant = self.kernels().filter(|k| bytes <= k.most_bytes);
-        match meant.find_map(|k| Some((k, self.choose(k)?))) {
+        meant.find_map(|k| Some((k, self.choose(k)?)))
+    }
+
+    fn default(&self) -> Result<(&'static Kernel, Choice)> {
+        match self.first() {
             Some(found) => Ok(found),
             None => bail!(
                 "{}: no kernel for {:?} on {:?}",
@@ -1103,6 +1152,50 @@ pub fn backward(
     }
 }
 
+/// Plans a forward pass that adds a residual first, where a kernel does: elsewhere the sum is a launch of its own, [`add`].
+pub fn forward_add(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+) -> Result<Option<Forward>> {
+    check_cols(problem)?;
+    let planner = Planner {
+        adds: true,
+        ..Planner::forward_of(problem, access, device)
+    };
+    let found = planner.first();
+    found
+        .map(|(kernel, choice)| planner.forward(kernel, &choice))
+        .transpose()
+}
+
+/// As [`forward_add`], for a backward pass that takes the gradient of the sum.
+pub fn backward_add(
+    problem: &Problem,
+    access: Access,
+    device: &DeviceFacts,
+) -> Result<Option<Backward>> {
+    check_cols(problem)?;
+    let planner = Planner {
+        adds: true,
+        ..Planner::backward_of(problem, access, device)
+    };
+    let found = planner.first();
+    found
+        .map(|(kernel, choice)| planner.backward(kernel, &choice))
+        .transpose()
+}
+
+/// Plans a kernel of add.cu.
+pub fn add(problem: &Problem, device: &DeviceFacts, entry: &'static str) -> Result<Launch> {
+    const THREADS: usize = 256;
+    // Each thread some vectors, so that blocks start seldom and end together.
+    let blocks = (problem.rows * problem.cols)
+        .div_ceil(vector(problem, Access::Wide) * THREADS)
+        .clamp(1, 8 * device.multiprocessors);
+    Launch::new(problem, "add", entry, [blocks, 1], [THREADS, 1])
+}
+
 /// Choices worth a measurement, of which the first is that of the plan without a choice.
 pub fn forward_candidates(
     problem: &Problem,
@@ -1196,6 +1289,7 @@ mod tests {
             access,
             device,
             tensors,
+            adds: false,
         }
     }
 
@@ -1218,7 +1312,7 @@ mod tests {
             ("backward_ring", include_str!("../kernels/backward_ring.cu")),
             ("split", include_str!("../kernels/split.cu")),
         ];
-        for kernel in FORWARD.iter().chain(BACKWARD) {
+        for kernel in [FORWARD, BACKWARD, FORWARD_ADD, BACKWARD_ADD].concat() {
             let Kernel {
                 lanes,
                 per_thread,
@@ -1228,9 +1322,11 @@ mod tests {
                 most_warps,
                 rows,
                 ..
-            } = *kernel;
+            } = kernel;
             let (name, vec) = match kernel.access {
                 Access::Single => ("single", "1"),
+                Access::Wide if kernel.file == "forward_add" => ("add", "kWide"),
+                Access::Wide if kernel.file.starts_with("backward") => ("WIDE", "kWide"),
                 Access::Wide => ("wide", "kWide"),
                 Access::Shifted => ("shifted", "kWide"),
             };
@@ -1246,12 +1342,12 @@ mod tests {
             );
             let (alone, together) = (most_warps[0] * WARP, most_warps[1] * WARP);
             let expected = match (kernel.file, kernel.regime) {
-                ("forward" | "forward_single", Regime::Warp) => {
+                ("forward" | "forward_single" | "forward_add", Regime::Warp) => {
                     vec![format!(
                         "FORWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {rows}, "
                     )]
                 }
-                ("forward" | "forward_single", _) => vec![
+                ("forward" | "forward_single" | "forward_add", _) => vec![
                     format!("FORWARD_BLOCK({name}, {vec}, {per_thread}, {rows}, {together}, "),
                     format!("FORWARD_BLOCK_MOST({name}, {vec}, {per_thread}, {alone}, {together})"),
                 ],
@@ -1266,10 +1362,12 @@ mod tests {
                 ("forward_ring" | "forward_shifted", _) => {
                     vec![format!("RING({owner}, {per_thread}, {slots}, ")]
                 }
-                ("backward" | "backward_single" | "backward_warp_shifted", _) => vec![format!(
-                    "BACKWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {resident})"
-                )],
-                ("backward_ring" | "backward_shifted", _) => {
+                ("backward" | "backward_single" | "backward_add" | "backward_warp_shifted", _) => {
+                    vec![format!(
+                        "BACKWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {resident})"
+                    )]
+                }
+                ("backward_ring" | "backward_ring_add" | "backward_shifted", _) => {
                     let rows = slots / per_thread;
                     vec![format!("RING({owner}, {per_thread}, {rows}, ")]
                 }
@@ -1278,6 +1376,7 @@ mod tests {
             let stem = kernel
                 .file
                 .replace("_single", "")
+                .replace("_add", "")
                 .replace("_warp_shifted", "")
                 .replace("_shifted", "_ring");
             let (_, source) = sources.iter().find(|(file, _)| *file == stem).unwrap();

@@ -119,6 +119,11 @@ impl Problem {
         }
     }
 
+    /// What is added to the weight.
+    pub fn weight_offset(&self) -> f64 {
+        0.
+    }
+
     /// Whether there is nothing to normalise.
     pub fn is_empty(&self) -> bool {
         self.rows == 0 || self.cols == 0
@@ -144,8 +149,20 @@ fn op_name(remove_mean: bool) -> &'static str {
     }
 }
 
-/// Runs `$body` with `$t` and `$p` bound to the Rust types of xs and of weight and bias. `$backend` is for the error.
+/// Runs `$body` with `$t` bound to the Rust type of xs, and `$p` to that of weight and bias. `$backend` is for the error.
 macro_rules! dispatch {
+    ($backend:literal, $problem:expr, $t:ident => $body:expr) => {{
+        use candle_core::DType::{BF16, F16, F32, F64};
+        match $problem.dtype {
+            F32 => dispatch!(@ $t = f32, $body),
+            F64 => dispatch!(@ $t = f64, $body),
+            F16 => dispatch!(@ $t = half::f16, $body),
+            BF16 => dispatch!(@ $t = half::bf16, $body),
+            x => candle_core::bail!(
+                "{}: xs: no {} kernel for dtype {}", $problem.op_name(), $backend, x.as_str()
+            ),
+        }
+    }};
     ($backend:literal, $problem:expr, $t:ident, $p:ident => $body:expr) => {{
         use candle_core::DType::{BF16, F16, F32, F64};
         match ($problem.dtype, $problem.param_dtype) {
@@ -160,6 +177,10 @@ macro_rules! dispatch {
                 $problem.op_name(), $backend, x.as_str(), p.as_str()
             ),
         }
+    }};
+    (@ $t:ident = $xs:ty, $body:expr) => {{
+        type $t = $xs;
+        $body
     }};
     (@ $t:ident = $xs:ty, $p:ident = $params:ty, $body:expr) => {{
         type $t = $xs;

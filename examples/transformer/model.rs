@@ -89,6 +89,17 @@ impl Module for Norm {
     }
 }
 
+impl Norm {
+    /// The norm of `residual + xs`, and that sum.
+    fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Self::Fused(norm) = self {
+            return norm.forward_add(xs, residual);
+        }
+        let sum = (residual + xs)?;
+        Ok((self.forward(&sum)?, sum))
+    }
+}
+
 struct Attention {
     query: Linear,
     key: Linear,
@@ -173,11 +184,21 @@ impl Block {
         })
     }
 
-    fn forward(&self, xs: &Tensor, mask: &Tensor, train: bool) -> Result<Tensor> {
-        let ys = self.attention_norm.forward(xs)?;
-        let xs = (xs + self.attention.forward(&ys, mask, train)?)?;
-        let ys = self.mlp_norm.forward(&xs)?;
-        xs + self.mlp.forward_t(&ys, train)?
+    /// Takes `residual + branch`, `branch` being what the block before has left to add, and gives the same.
+    fn forward(
+        &self,
+        branch: Option<Tensor>,
+        residual: Tensor,
+        mask: &Tensor,
+        train: bool,
+    ) -> Result<(Tensor, Tensor)> {
+        let (ys, residual) = match branch {
+            Some(branch) => self.attention_norm.forward_add(&branch, &residual)?,
+            None => (self.attention_norm.forward(&residual)?, residual),
+        };
+        let branch = self.attention.forward(&ys, mask, train)?;
+        let (ys, residual) = self.mlp_norm.forward_add(&branch, &residual)?;
+        Ok((self.mlp.forward_t(&ys, train)?, residual))
     }
 }
 
@@ -262,11 +283,17 @@ impl ModuleT for Gpt {
             .token_embedding
             .forward(ids)?
             .broadcast_add(&positions)?;
-        let mut xs = self.dropout.forward_t(&xs, train)?;
+        let mut residual = self.dropout.forward_t(&xs, train)?;
+        let mut branch = None;
         for block in &self.blocks {
-            xs = block.forward(&xs, &mask, train)?;
+            let (next, sum) = block.forward(branch, residual, &mask, train)?;
+            (branch, residual) = (Some(next), sum);
         }
-        self.output.forward(&self.final_norm.forward(&xs)?)
+        let ys = match branch {
+            Some(branch) => self.final_norm.forward_add(&branch, &residual)?.0,
+            None => self.final_norm.forward(&residual)?,
+        };
+        self.output.forward(&ys)
     }
 }
 

@@ -4,6 +4,7 @@
 //! takes some columns of a group of rows. How a row's sums are associated depends on its segments alone, and how dweight
 //! and dbias are, on the problem's shape alone, so that results are the same for any number of threads.
 
+mod add;
 mod element;
 #[allow(unsafe_code)]
 mod memory;
@@ -12,6 +13,7 @@ mod simd;
 
 use crate::op::{self, BackwardArgs, Forward, Gradients};
 use crate::problem::{Problem, Wanted, dispatch};
+pub(crate) use add::{add_backward, add_forward, dropped};
 use candle_core::{CpuStorage, Result, bail};
 pub(crate) use element::Element;
 use element::{Acc, Sums};

@@ -93,6 +93,14 @@ impl<'a> Arguments<'a> {
         self.cell(&(value as i64).to_ne_bytes());
     }
 
+    pub fn u64(&mut self, value: u64) {
+        self.cell(&value.to_ne_bytes());
+    }
+
+    pub fn u32(&mut self, value: u32) {
+        self.cell(&value.to_ne_bytes());
+    }
+
     pub fn i32(&mut self, value: usize) {
         self.cell(&(value as i32).to_ne_bytes());
     }

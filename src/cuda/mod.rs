@@ -6,7 +6,9 @@
 mod launch;
 mod ptx;
 
+use crate::add::{AddArgs, AddForward, AddGradients};
 use crate::bench::Candidates;
+use crate::dropout::Dropout;
 use crate::op::{self, BackwardArgs, Forward, Gradients};
 use crate::plan::{self, Access, DeviceFacts, Regime};
 use crate::problem::{Problem, Wanted, dispatch};
@@ -14,7 +16,7 @@ use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor, bail};
 use cudarc::driver::{
-    CudaContext, CudaSlice, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
+    CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
 };
 use half::{bf16, f16};
 use launch::Arguments;
@@ -147,10 +149,16 @@ fn access<T: Element, P: Element>(
     params: &[Option<&CudaView<'_, P>>],
 ) -> Access {
     let stream = device.cuda_stream();
-    let starts = xs.iter().all(|x| x.device_ptr(&stream).0 % 16 == 0);
-    let mut params = params.iter().flatten();
-    let params_start = params.all(|p| p.device_ptr(&stream).0 % 16 == 0);
-    Access::of(problem, starts, params_start)
+    let params: Vec<_> = params.iter().copied().flatten().collect();
+    Access::of(
+        problem,
+        starts_on_16(&stream, xs),
+        starts_on_16(&stream, &params),
+    )
+}
+
+fn starts_on_16<T: Element>(stream: &CudaStream, views: &[&CudaView<'_, T>]) -> bool {
+    views.iter().all(|v| v.device_ptr(stream).0 % 16 == 0)
 }
 
 /// What a call over these tensors may choose from: x, or x and dy; weight and bias.
@@ -225,6 +233,20 @@ fn alloc<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>>
     unsafe { device.alloc(len) }
 }
 
+/// A residual, and where its sum with x goes.
+struct Addend<'a, T> {
+    residual: &'a CudaView<'a, T>,
+    sum: &'a mut CudaSlice<T>,
+    dropout: Option<Dropout>,
+}
+
+/// DROPOUT_ARGUMENTS of add.cuh.
+fn dropout_arguments<A: Acc>(args: &mut Arguments<'_>, dropout: Option<Dropout>) {
+    args.u64(dropout.map_or(0, |d| d.seed));
+    args.u32(dropout.map_or(0, |d| d.threshold()));
+    args.acc::<A>(dropout.map_or(1., |d| d.scale()));
+}
+
 fn forward_typed<T: Element, P: Element>(
     problem: &Problem,
     x: Operand<'_>,
@@ -233,22 +255,108 @@ fn forward_typed<T: Element, P: Element>(
     keep: bool,
 ) -> Result<Forward<CudaStorage>> {
     let device = &x.0.device;
-    let stream = device.cuda_stream();
-    let (rows, cols) = (problem.rows, problem.cols);
     let x = view::<T>(problem, x)?;
     let weight = weight.map(|w| view::<P>(problem, w)).transpose()?;
     let bias = bias.map(|b| view::<P>(problem, b)).transpose()?;
-    let wrap = |y: CudaSlice<T>, statistics: Option<CudaSlice<T::Acc>>| Forward {
-        ys: CudaStorage::wrap_cuda_slice(y, device.clone()),
-        statistics: statistics.map(|s| CudaStorage::wrap_cuda_slice(s, device.clone())),
+    let params = [weight.as_ref(), bias.as_ref()];
+    let (y, statistics) = planned_forward(problem, device, &x, params, keep)?;
+    Ok(Forward {
+        ys: wrap(y, device),
+        statistics: statistics.map(|s| wrap(s, device)),
+    })
+}
+
+pub(crate) fn add_forward(
+    problem: &Problem,
+    args: &AddArgs<Operand<'_>>,
+    dropout: Option<Dropout>,
+    keep: bool,
+) -> Result<AddForward<CudaStorage>> {
+    dispatch!("CUDA", problem, T, P => add_forward_typed::<T, P>(problem, args, dropout, keep))
+}
+
+fn add_forward_typed<T: Element, P: Element>(
+    problem: &Problem,
+    args: &AddArgs<Operand<'_>>,
+    dropout: Option<Dropout>,
+    keep: bool,
+) -> Result<AddForward<CudaStorage>> {
+    let device = &args.x.0.device;
+    let x = view::<T>(problem, args.x)?;
+    let residual = view::<T>(problem, args.residual)?;
+    let weight = args.weight.map(|w| view::<P>(problem, w)).transpose()?;
+    let bias = args.bias.map(|b| view::<P>(problem, b)).transpose()?;
+    let params = [weight.as_ref(), bias.as_ref()];
+    let mut sum = alloc::<T>(device, problem.rows * problem.cols)?;
+    let gpu = gpu(problem.op_name(), device)?;
+    let access = access(problem, device, &[&x, &residual], &params);
+    let plan = match problem.is_empty() {
+        true => None,
+        false => plan::forward_add(problem, access, &gpu.facts)?,
     };
-    let means = if problem.remove_mean { rows } else { 0 };
+    let (y, statistics) = match plan {
+        Some(plan) => {
+            let addend = Addend {
+                residual: &residual,
+                sum: &mut sum,
+                dropout,
+            };
+            normalize(problem, device, &gpu, &plan, &x, params, keep, Some(addend))?
+        }
+        None => {
+            add(problem, device, &gpu, &mut sum, &x, &residual, dropout)?;
+            planned_forward(problem, device, &sum.slice(..), params, keep)?
+        }
+    };
+    Ok(AddForward {
+        ys: wrap(y, device),
+        sum: wrap(sum, device),
+        statistics: statistics.map(|s| wrap(s, device)),
+    })
+}
+
+fn wrap<E: Element>(slice: CudaSlice<E>, device: &CudaDevice) -> CudaStorage {
+    CudaStorage::wrap_cuda_slice(slice, device.clone())
+}
+
+/// y, and mean and rstd in one piece if they are to be kept.
+type Normalized<T> = (CudaSlice<T>, Option<CudaSlice<<T as Element>::Acc>>);
+
+fn planned_forward<T: Element, P: Element>(
+    problem: &Problem,
+    device: &CudaDevice,
+    x: &CudaView<'_, T>,
+    params: [Option<&CudaView<'_, P>>; 2],
+    keep: bool,
+) -> Result<Normalized<T>> {
     if problem.is_empty() {
+        let means = if problem.remove_mean { problem.rows } else { 0 };
         let statistics = keep
-            .then(|| device.alloc_zeros::<T::Acc>(means + rows))
+            .then(|| device.alloc_zeros::<T::Acc>(means + problem.rows))
             .transpose()?;
-        return Ok(wrap(device.alloc_zeros(0)?, statistics));
+        return Ok((device.alloc_zeros(0)?, statistics));
     }
+    let gpu = gpu(problem.op_name(), device)?;
+    let access = access(problem, device, &[x], &params);
+    let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
+    normalize(problem, device, &gpu, &plan, x, params, keep, None)
+}
+
+/// Runs a plan: of x, or of its sum with the `addend`, for which the plan is.
+#[expect(clippy::too_many_arguments)]
+fn normalize<T: Element, P: Element>(
+    problem: &Problem,
+    device: &CudaDevice,
+    gpu: &Gpu,
+    plan: &plan::Forward,
+    x: &CudaView<'_, T>,
+    [weight, bias]: [Option<&CudaView<'_, P>>; 2],
+    keep: bool,
+    addend: Option<Addend<'_, T>>,
+) -> Result<Normalized<T>> {
+    let stream = device.cuda_stream();
+    let (rows, cols) = (problem.rows, problem.cols);
+    let means = if problem.remove_mean { rows } else { 0 };
     let mut statistics = keep
         .then(|| alloc::<T::Acc>(device, means + rows))
         .transpose()?;
@@ -259,10 +367,6 @@ fn forward_typed<T: Element, P: Element>(
         }
         None => (None, None),
     };
-
-    let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, &[&x], &[weight.as_ref(), bias.as_ref()]);
-    let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
     let mut y = alloc::<T>(device, rows * cols)?;
     match plan.launches.as_slice() {
         [launch] => {
@@ -271,24 +375,31 @@ fn forward_typed<T: Element, P: Element>(
             args.output(Some(&mut y));
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
-            args.input(Some(&x));
-            args.input(weight.as_ref());
-            args.input(bias.as_ref());
+            args.input(Some(x));
+            args.input(weight);
+            args.input(bias);
             args.i64(rows);
             args.i32(cols);
             args.acc::<T::Acc>(problem.eps);
             args.bool(problem.remove_mean);
+            args.acc::<T::Acc>(problem.weight_offset());
+            if let Some(addend) = addend {
+                args.output(Some(addend.sum));
+                args.input(Some(addend.residual));
+                dropout_arguments::<T::Acc>(&mut args, addend.dropout);
+            }
             args.output(meetings.as_mut());
             args.i32(plan.blocks);
-            // SAFETY: FORWARD_ARGUMENTS of forward.cu, then `meetings` and `group_blocks`, which only the kernels of
-            // forward_ring.cu read. y is [rows, cols], mean and rstd are [rows], weight and bias [cols], as Problem checked.
+            // SAFETY: FORWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something to be added, then `meetings` and
+            // `group_blocks`, which only the kernels of forward_ring.cu read. x, y, sum and residual are [rows, cols], mean and rstd
+            // are [rows], weight and bias [cols], as Problem checked.
             unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
         }
         [moments, normalize] => {
             let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
             let mut args = Arguments::new(&stream);
             args.output(Some(&mut part));
-            args.input(Some(&x));
+            args.input(Some(x));
             args.i64(rows);
             args.i32(cols);
             args.bool(problem.remove_mean);
@@ -300,13 +411,14 @@ fn forward_typed<T: Element, P: Element>(
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
             args.input(Some(&part));
-            args.input(Some(&x));
-            args.input(weight.as_ref());
-            args.input(bias.as_ref());
+            args.input(Some(x));
+            args.input(weight);
+            args.input(bias);
             args.i64(rows);
             args.i32(cols);
             args.acc::<T::Acc>(problem.eps);
-            // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps), of the shapes above.
+            args.acc::<T::Acc>(problem.weight_offset());
+            // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps, weight_offset), of the shapes above.
             unsafe { args.launch(problem, device, gpu.facts.base, normalize)? };
         }
         _ => bail!(
@@ -314,21 +426,43 @@ fn forward_typed<T: Element, P: Element>(
             problem.op_name()
         ),
     }
-    Ok(wrap(y, statistics))
+    Ok((y, statistics))
 }
 
-fn gradients<T: Element, P: Element>(
+/// sum = residual + dropout(x), in a launch of its own.
+fn add<T: Element>(
+    problem: &Problem,
     device: &CudaDevice,
-    dx: Option<CudaSlice<T>>,
-    dweight: Option<CudaSlice<P>>,
-    dbias: Option<CudaSlice<P>>,
-) -> Gradients<CudaStorage> {
-    let param = |s| CudaStorage::wrap_cuda_slice(s, device.clone());
-    Gradients {
-        dx: dx.map(|s| CudaStorage::wrap_cuda_slice(s, device.clone())),
-        dweight: dweight.map(param),
-        dbias: dbias.map(param),
+    gpu: &Gpu,
+    sum: &mut CudaSlice<T>,
+    x: &CudaView<'_, T>,
+    residual: &CudaView<'_, T>,
+    dropout: Option<Dropout>,
+) -> Result<()> {
+    if problem.is_empty() {
+        return Ok(());
     }
+    let stream = device.cuda_stream();
+    let launch = plan::add(problem, &gpu.facts, "add_forward")?;
+    let starts = starts_on_16(&stream, &[x, residual]);
+    let mut args = Arguments::new(&stream);
+    args.output(Some(sum));
+    args.input(Some(x));
+    args.input(Some(residual));
+    elements(&mut args, problem, starts);
+    dropout_arguments::<T::Acc>(&mut args, dropout);
+    // SAFETY: add_forward(sum, x, residual, n, vectors, seed, threshold, scale); all are of n elements.
+    unsafe { args.launch(problem, device, gpu.facts.base, &launch) }
+}
+
+/// n and vectors, as the kernels of add.cu take them.
+fn elements(args: &mut Arguments<'_>, problem: &Problem, starts_on_16: bool) {
+    let n = problem.rows * problem.cols;
+    args.i64(n);
+    args.i64(match starts_on_16 {
+        true => n / (16 / problem.dtype.size_in_bytes()),
+        false => 0,
+    });
 }
 
 fn backward_typed<T: Element, P: Element>(
@@ -337,28 +471,198 @@ fn backward_typed<T: Element, P: Element>(
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
     let device = &args.x.0.device;
-    let x = view::<T>(problem, args.x)?;
-    let dy = view::<T>(problem, args.dy)?;
-    let rstd = view::<T::Acc>(problem, args.rstd)?;
-    let weight = args.weight.map(|w| view::<P>(problem, w)).transpose()?;
-    let mean = args.mean.map(|m| view::<T::Acc>(problem, m)).transpose()?;
+    let views = BackwardViews::<T, P>::new(problem, args)?;
+    let slices = planned_backward(problem, device, &views, wanted)?;
+    Ok(Gradients {
+        dx: slices.dx.map(|s| wrap(s, device)),
+        dweight: slices.dweight,
+        dbias: slices.dbias,
+    })
+}
 
+/// `args.x` is the sum.
+pub(crate) fn add_backward(
+    problem: &Problem,
+    args: &BackwardArgs<Operand<'_>>,
+    dsum: Option<Operand<'_>>,
+    dropout: Option<Dropout>,
+    wanted: Wanted,
+) -> Result<AddGradients<CudaStorage>> {
+    dispatch!("CUDA", problem, T, P => add_backward_typed::<T, P>(problem, args, dsum, dropout, wanted))
+}
+
+fn add_backward_typed<T: Element, P: Element>(
+    problem: &Problem,
+    args: &BackwardArgs<Operand<'_>>,
+    dsum: Option<Operand<'_>>,
+    dropout: Option<Dropout>,
+    wanted: Wanted,
+) -> Result<AddGradients<CudaStorage>> {
+    let device = &args.x.0.device;
+    let views = BackwardViews::<T, P>::new(problem, args)?;
+    let dsum = dsum.map(|d| view::<T>(problem, d)).transpose()?;
+    let mut dresidual = (wanted.dx && dropout.is_some())
+        .then(|| alloc::<T>(device, problem.rows * problem.cols))
+        .transpose()?;
+    let arriving = Arriving {
+        dsum: dsum.as_ref(),
+        dresidual: dresidual.as_mut(),
+        dropout,
+    };
+    let gpu = gpu(problem.op_name(), device)?;
+    let xs: Vec<_> = [&views.x, &views.dy].into_iter().chain(&dsum).collect();
+    let access = access(problem, device, &xs, &[views.weight.as_ref()]);
+    let plan = match problem.is_empty() || !wanted.dx {
+        true => None,
+        false => plan::backward_add(problem, access, &gpu.facts)?,
+    };
+    let slices = match plan {
+        Some(plan) => gradients(problem, device, &gpu, &plan, &views, wanted, Some(arriving))?,
+        None => {
+            let mut slices = planned_backward(problem, device, &views, wanted)?;
+            if let Some(dx) = &mut slices.dx
+                && (dsum.is_some() || dropout.is_some())
+            {
+                add_gradient(problem, device, &gpu, dx, true, arriving)?;
+            }
+            slices
+        }
+    };
+    Ok(AddGradients {
+        dx: slices.dx.map(|s| wrap(s, device)),
+        dresidual: dresidual.map(|s| wrap(s, device)),
+        dweight: slices.dweight,
+        dbias: slices.dbias,
+    })
+}
+
+/// dropout(d).
+pub(crate) fn dropped(problem: &Problem, d: Operand<'_>, dropout: Dropout) -> Result<CudaStorage> {
+    dispatch!("CUDA", problem, T => dropped_typed::<T>(problem, d, dropout))
+}
+
+fn dropped_typed<T: Element>(
+    problem: &Problem,
+    d: Operand<'_>,
+    dropout: Dropout,
+) -> Result<CudaStorage> {
+    let device = &d.0.device;
+    let d = view::<T>(problem, d)?;
+    let mut dx = alloc::<T>(device, problem.rows * problem.cols)?;
+    let gpu = gpu(problem.op_name(), device)?;
+    let arriving = Arriving {
+        dsum: Some(&d),
+        dresidual: None,
+        dropout: Some(dropout),
+    };
+    add_gradient(problem, device, &gpu, &mut dx, false, arriving)?;
+    Ok(wrap(dx, device))
+}
+
+/// The gradient that arrives at the sum, and where that of the residual goes if it is not the one of x.
+struct Arriving<'a, T> {
+    dsum: Option<&'a CudaView<'a, T>>,
+    dresidual: Option<&'a mut CudaSlice<T>>,
+    dropout: Option<Dropout>,
+}
+
+/// With `norm`, what dx holds is the norm's share of the sum's gradient. Writes dx and dresidual.
+fn add_gradient<T: Element>(
+    problem: &Problem,
+    device: &CudaDevice,
+    gpu: &Gpu,
+    dx: &mut CudaSlice<T>,
+    norm: bool,
+    arriving: Arriving<'_, T>,
+) -> Result<()> {
+    if problem.is_empty() {
+        return Ok(());
+    }
+    let stream = device.cuda_stream();
+    let launch = plan::add(problem, &gpu.facts, "add_backward")?;
+    let starts = arriving.dsum.is_none_or(|d| starts_on_16(&stream, &[d]));
+    let mut args = Arguments::new(&stream);
+    args.output(Some(dx));
+    args.output(arriving.dresidual);
+    args.input(arriving.dsum);
+    args.bool(norm);
+    elements(&mut args, problem, starts);
+    dropout_arguments::<T::Acc>(&mut args, arriving.dropout);
+    // SAFETY: add_backward(dx, dresidual, dsum, norm, n, vectors, seed, threshold, scale); all are of n elements.
+    unsafe { args.launch(problem, device, gpu.facts.base, &launch) }
+}
+
+/// What a backward pass reads.
+struct BackwardViews<'a, T: Element, P: Element> {
+    x: CudaView<'a, T>,
+    dy: CudaView<'a, T>,
+    weight: Option<CudaView<'a, P>>,
+    mean: Option<CudaView<'a, T::Acc>>,
+    rstd: CudaView<'a, T::Acc>,
+}
+
+impl<'a, T: Element, P: Element> BackwardViews<'a, T, P> {
+    fn new(problem: &Problem, args: &BackwardArgs<Operand<'a>>) -> Result<Self> {
+        Ok(Self {
+            x: view(problem, args.x)?,
+            dy: view(problem, args.dy)?,
+            weight: args.weight.map(|w| view(problem, w)).transpose()?,
+            mean: args.mean.map(|m| view(problem, m)).transpose()?,
+            rstd: view(problem, args.rstd)?,
+        })
+    }
+}
+
+/// What it writes, as far as it is wanted.
+struct GradientSlices<T> {
+    dx: Option<CudaSlice<T>>,
+    dweight: Option<CudaStorage>,
+    dbias: Option<CudaStorage>,
+}
+
+fn planned_backward<T: Element, P: Element>(
+    problem: &Problem,
+    device: &CudaDevice,
+    views: &BackwardViews<'_, T, P>,
+    wanted: Wanted,
+) -> Result<GradientSlices<T>> {
+    if problem.is_empty() {
+        let zeros = |wanted: bool| -> Result<Option<CudaStorage>> {
+            let zeros = wanted.then(|| device.alloc_zeros::<P>(problem.cols));
+            Ok(zeros.transpose()?.map(|s| wrap(s, device)))
+        };
+        return Ok(GradientSlices {
+            dx: wanted.dx.then(|| device.alloc_zeros::<T>(0)).transpose()?,
+            dweight: zeros(wanted.dweight)?,
+            dbias: zeros(wanted.dbias)?,
+        });
+    }
+    let gpu = gpu(problem.op_name(), device)?;
+    let params = [views.weight.as_ref()];
+    let access = access(problem, device, &[&views.x, &views.dy], &params);
+    let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
+    gradients(problem, device, &gpu, &plan, views, wanted, None)
+}
+
+/// Runs a plan. If it is one for a gradient that is `arriving` at the sum that x is, dx is the gradient of the sum's argument.
+fn gradients<T: Element, P: Element>(
+    problem: &Problem,
+    device: &CudaDevice,
+    gpu: &Gpu,
+    plan: &plan::Backward,
+    views: &BackwardViews<'_, T, P>,
+    wanted: Wanted,
+    arriving: Option<Arriving<'_, T>>,
+) -> Result<GradientSlices<T>> {
+    let BackwardViews {
+        x,
+        dy,
+        weight,
+        mean,
+        rstd,
+    } = views;
     let stream = device.cuda_stream();
     let (rows, cols) = (problem.rows, problem.cols);
-    if problem.is_empty() {
-        let zeros = |wanted: bool| wanted.then(|| device.alloc_zeros::<P>(cols)).transpose();
-        let dx = wanted.dx.then(|| device.alloc_zeros::<T>(0)).transpose()?;
-        return Ok(gradients(
-            device,
-            dx,
-            zeros(wanted.dweight)?,
-            zeros(wanted.dbias)?,
-        ));
-    }
-
-    let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, &[&x, &dy], &[weight.as_ref()]);
-    let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
     let mut dx = wanted
         .dx
         .then(|| alloc::<T>(device, rows * cols))
@@ -382,20 +686,26 @@ fn backward_typed<T: Element, P: Element>(
             args.output(dx.as_mut());
             args.output(dweight_part.as_mut());
             args.output(dbias_part.as_mut());
-            args.input(Some(&x));
-            args.input(Some(&dy));
+            args.input(Some(x));
+            args.input(Some(dy));
             args.input(weight.as_ref());
             args.input(mean.as_ref());
-            args.input(Some(&rstd));
+            args.input(Some(rstd));
             args.i64(rows);
             args.i32(cols);
             args.bool(problem.remove_mean);
+            args.acc::<T::Acc>(problem.weight_offset());
+            if let Some(arriving) = arriving {
+                args.output(arriving.dresidual);
+                args.input(arriving.dsum);
+                dropout_arguments::<T::Acc>(&mut args, arriving.dropout);
+            }
             args.output(meetings.as_mut());
             args.i32(plan.blocks);
             args.i32(plan.teams);
-            // SAFETY: BACKWARD_ARGUMENTS of backward.cu, then `meetings`, `group_blocks` and `teams`, which only the kernels of
-            // backward_ring.cu read. dx is [rows, cols], the parts are [plan.parts, cols]; x, dy, weight, mean and rstd have the
-            // shapes of the forward pass.
+            // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
+            // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
+            // [plan.parts, cols]; x, dy, weight, mean and rstd have the shapes of the forward pass.
             unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
         }
         [sums, write_dx] => {
@@ -406,30 +716,33 @@ fn backward_typed<T: Element, P: Element>(
             args.output(dweight_part.as_mut());
             args.output(dbias_part.as_mut());
             args.output(Some(&mut part));
-            args.input(Some(&x));
-            args.input(Some(&dy));
+            args.input(Some(x));
+            args.input(Some(dy));
             args.input(weight.as_ref());
             args.input(mean.as_ref());
-            args.input(Some(&rstd));
+            args.input(Some(rstd));
             args.i64(rows);
             args.i32(cols);
+            args.acc::<T::Acc>(problem.weight_offset());
             // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, cols], part [rows, blocks] of
-            // pairs, x, dy, weight, mean, rstd, rows, cols); plan.parts is the number of row groups.
+            // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
             unsafe { args.launch(problem, device, gpu.facts.base, sums)? };
             if dx.is_some() {
                 let part = part.slice(..);
                 let mut args = Arguments::new(&stream);
                 args.output(dx.as_mut());
                 args.input(Some(&part));
-                args.input(Some(&x));
-                args.input(Some(&dy));
+                args.input(Some(x));
+                args.input(Some(dy));
                 args.input(weight.as_ref());
                 args.input(mean.as_ref());
-                args.input(Some(&rstd));
+                args.input(Some(rstd));
                 args.i64(rows);
                 args.i32(cols);
                 args.bool(problem.remove_mean);
-                // SAFETY: split_gradients(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean), of the shapes above.
+                args.acc::<T::Acc>(problem.weight_offset());
+                // SAFETY: split_gradients(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean, weight_offset), of the shapes
+                // above.
                 unsafe { args.launch(problem, device, gpu.facts.base, write_dx)? };
             }
         }
@@ -439,12 +752,24 @@ fn backward_typed<T: Element, P: Element>(
         ),
     }
 
+    fn of_params<T, E: Element>(
+        device: &CudaDevice,
+        dx: Option<CudaSlice<T>>,
+        dweight: Option<CudaSlice<E>>,
+        dbias: Option<CudaSlice<E>>,
+    ) -> GradientSlices<T> {
+        GradientSlices {
+            dx,
+            dweight: dweight.map(|s| wrap(s, device)),
+            dbias: dbias.map(|s| wrap(s, device)),
+        }
+    }
     if direct {
-        return Ok(gradients(device, dx, dweight, dbias));
+        return Ok(of_params(device, dx, dweight, dbias));
     }
     // One part in the parameters' own dtype is what is wanted.
     if plan.parts == 1 && problem.param_dtype == problem.stats_dtype() {
-        return Ok(gradients(device, dx, dweight_part, dbias_part));
+        return Ok(of_params(device, dx, dweight_part, dbias_part));
     }
     (dweight, dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
     if wanted.dweight || wanted.dbias {
@@ -460,5 +785,5 @@ fn backward_typed<T: Element, P: Element>(
         // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
         unsafe { args.launch(problem, device, gpu.facts.base, &plan.finalize)? };
     }
-    Ok(gradients(device, dx, dweight, dbias))
+    Ok(of_params(device, dx, dweight, dbias))
 }

@@ -1,0 +1,3 @@
+// The kernels of backward_ring.cu that take the gradient of the sum with a residual: a module of their own, compiled where it is used.
+#define LN_ADD
+#include "backward_ring.cu"

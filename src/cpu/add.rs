@@ -1,0 +1,147 @@
+//! The residual add, and the dropout before it, as passes of their own beside the norm's.
+
+use super::element::{Acc, CHUNK, Element};
+use super::memory::Fresh;
+use super::simd::{self, Isa};
+use super::{Operand, TASK_ELEMENTS, for_each, slice, threads_for};
+use crate::add::{AddArgs, AddForward, AddGradients};
+use crate::dropout::Dropout;
+use crate::op::{BackwardArgs, Gradients};
+use crate::problem::{Problem, Wanted, dispatch};
+use candle_core::{CpuStorage, Layout, Result};
+use std::iter::zip;
+use std::mem::MaybeUninit;
+
+pub(crate) fn add_forward(
+    problem: &Problem,
+    args: &AddArgs<Operand<'_>>,
+    dropout: Option<Dropout>,
+    keep: bool,
+) -> Result<AddForward<CpuStorage>> {
+    let sum = added(problem, args.x, args.residual, dropout)?;
+    let layout = Layout::contiguous(args.x.1.shape());
+    let forward = super::forward(problem, (&sum, &layout), args.weight, args.bias, keep)?;
+    Ok(AddForward {
+        ys: forward.ys,
+        statistics: forward.statistics,
+        sum,
+    })
+}
+
+/// `args.x` is the sum.
+pub(crate) fn add_backward(
+    problem: &Problem,
+    args: &BackwardArgs<Operand<'_>>,
+    dsum: Option<Operand<'_>>,
+    dropout: Option<Dropout>,
+    wanted: Wanted,
+) -> Result<AddGradients<CpuStorage>> {
+    let Gradients { dx, dweight, dbias } = super::backward(problem, args, wanted)?;
+    let layout = Layout::contiguous(args.x.1.shape());
+    let whole = match (dx, dsum) {
+        (Some(dx), Some(dsum)) => Some(added(problem, (&dx, &layout), dsum, None)?),
+        (dx, _) => dx,
+    };
+    let (dx, dresidual) = match (whole, dropout) {
+        (Some(whole), Some(dropout)) => {
+            let dx = dropped(problem, (&whole, &layout), dropout)?;
+            (Some(dx), Some(whole))
+        }
+        (whole, _) => (whole, None),
+    };
+    Ok(AddGradients {
+        dx,
+        dresidual,
+        dweight,
+        dbias,
+    })
+}
+
+/// residual + dropout(x).
+fn added(
+    problem: &Problem,
+    x: Operand<'_>,
+    residual: Operand<'_>,
+    dropout: Option<Dropout>,
+) -> Result<CpuStorage> {
+    dispatch!("CPU", problem, T => {
+        let (x, residual) = (slice::<T>(problem, x)?, slice::<T>(problem, residual)?);
+        Ok(T::to_storage(map(dropout, x, Some(residual))))
+    })
+}
+
+/// dropout(d).
+pub(crate) fn dropped(problem: &Problem, d: Operand<'_>, dropout: Dropout) -> Result<CpuStorage> {
+    dispatch!("CPU", problem, T => {
+        Ok(T::to_storage(map(Some(dropout), slice::<T>(problem, d)?, None)))
+    })
+}
+
+/// dropout(x), and the residual if there is one.
+#[allow(unsafe_code)]
+fn map<T: Element>(dropout: Option<Dropout>, x: &[T], residual: Option<&[T]>) -> Vec<T> {
+    let mut sum = Fresh::new(x.len());
+    let threads = threads_for(x.len());
+    let tasks = zip(
+        x.chunks(TASK_ELEMENTS),
+        sum.slots().chunks_mut(TASK_ELEMENTS),
+    );
+    let tasks = tasks.enumerate().collect();
+    for_each(
+        threads,
+        tasks,
+        |(task, (x, sum)): (usize, (&[T], &mut [_]))| {
+            let first = task * TASK_ELEMENTS;
+            let residual = residual.map(|residual| &residual[first..first + x.len()]);
+            simd::dispatch(
+                #[inline(always)]
+                |isa| task_of(isa, dropout, first, x, residual, sum),
+            );
+        },
+    );
+    // SAFETY: the tasks are all of it, and `task_of` writes all that it is given.
+    unsafe { sum.assume_written() }
+}
+
+#[inline(always)]
+fn task_of<T: Element>(
+    isa: Isa,
+    dropout: Option<Dropout>,
+    first: usize,
+    x: &[T],
+    residual: Option<&[T]>,
+    sum: &mut [MaybeUninit<T>],
+) {
+    let (zero, one) = (T::Acc::of_f64(0.), T::Acc::of_f64(1.));
+    // 0 where an element is dropped: it is, whatever its value.
+    let mut factors = [one; CHUNK];
+    let mut buffers: [T::Buffer; 3] = Default::default();
+    let [xs, residuals, sums] = &mut buffers;
+    for (chunk, (x, sum)) in zip(x.chunks(CHUNK), sum.chunks_mut(CHUNK)).enumerate() {
+        let at = chunk * CHUNK;
+        if let Some(dropout) = dropout {
+            let (threshold, scale) = (dropout.threshold(), T::Acc::of_f64(dropout.scale()));
+            dropout.for_each_word(first + at, x.len(), |place, word| {
+                factors[place] = if word < threshold { zero } else { scale };
+            });
+        }
+        let x = T::read(isa, x, xs);
+        let slots = T::slots(sum, sums);
+        let kept = |x, factor| if factor == zero { zero } else { x * factor };
+        match residual {
+            Some(residual) => {
+                let residual = T::read(isa, &residual[at..at + x.len()], residuals);
+                for (sum, ((&x, &factor), &residual)) in zip(slots, zip(zip(x, &factors), residual))
+                {
+                    sum.write(kept(x, factor) + residual);
+                }
+            }
+            None => {
+                for (sum, (&x, &factor)) in zip(slots, zip(x, &factors)) {
+                    sum.write(kept(x, factor));
+                }
+            }
+        }
+        T::finish(isa, sums, sum);
+    }
+}
