@@ -132,6 +132,16 @@ impl Corpus {
         })
     }
 
+    /// Fails unless this is the text of `fingerprint`, that of a checkpoint.
+    pub fn ensure_is(&self, fingerprint: &str) -> Result<()> {
+        ensure!(
+            self.fingerprint() == fingerprint,
+            "the checkpoint was trained on another text: give --text the same one (without --text it is this crate's own \
+             sources, which may have changed)"
+        );
+        Ok(())
+    }
+
     /// FNV-1a over both parts: tells whether a checkpoint was trained on this text.
     pub fn fingerprint(&self) -> String {
         let ids = self.train.iter().chain(&self.held_out);

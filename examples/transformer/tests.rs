@@ -11,6 +11,9 @@ use tempfile::TempDir;
 const SMALL: &str = "--cpu --batch-size 4 --context 16 --layers 2 --heads 2 --channels 16 --steps 12 --eval-every 5 \
                      --sample-length 5 --learning-rate 0.01 --seed 3";
 
+const ANOTHER_TEXT: &str = "the checkpoint was trained on another text: give --text the same one (without --text it is this \
+                            crate's own sources, which may have changed)";
+
 fn parse(line: &str) -> Cli {
     Cli::try_parse_from(["transformer"].into_iter().chain(line.split_whitespace())).unwrap()
 }
@@ -372,10 +375,7 @@ fn a_checkpoint_that_cannot_be_used_is_an_error_that_says_why() {
          began with"
     );
     std::fs::write(&text, old.replace("fox", "xof")).unwrap();
-    assert_eq!(
-        message(train_small(&args)),
-        "the checkpoint was trained on another text: give --text the same one"
-    );
+    assert_eq!(message(train_small(&args)), ANOTHER_TEXT);
     std::fs::write(&text, old).unwrap();
     let mut other = small_with(&dir, "--layers 3");
     other.resume = true;
@@ -383,11 +383,28 @@ fn a_checkpoint_that_cannot_be_used_is_an_error_that_says_why() {
         message(train_small(&other)),
         format!("{name} has other settings: layers 2, given 3; leave them out to go on")
     );
-    std::fs::remove_file(&path).unwrap();
+    // A preset counts, if it is given, with what the command line changes in it.
+    let mut preset = args.clone();
+    preset.source.preset = Some(Preset::Quick);
+    assert!(train_small(&preset).unwrap().finished);
+    preset.source.preset = Some(Preset::ShakespeareCpu);
+    assert_eq!(
+        message(train_small(&preset)),
+        format!(
+            "{name} has other settings: bias true, given false; leave --preset and what changes it out to go on"
+        )
+    );
+    std::fs::write(Files::new(dir.path()).metrics(), "{}\n").unwrap();
     let error = message(train_small(&args));
-    assert!(
-        error.starts_with(&format!("cannot read {name}: ")),
-        "{error}"
+    let expected = format!(
+        "{}:1 is no line of metrics: remove the line, or the file: ",
+        Files::new(dir.path()).metrics().display()
+    );
+    assert!(error.starts_with(&expected), "{error}");
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(
+        message(train_small(&args)),
+        format!("{name} does not exist: leave --resume out to begin a run there")
     );
 }
 

@@ -113,10 +113,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
         };
         if let Some(checkpoint) = checkpoint {
             let progress = &checkpoint.progress;
-            ensure!(
-                progress.fingerprint == this.fingerprint,
-                "the checkpoint was trained on another text: give --text the same one"
-            );
+            corpus.ensure_is(&progress.fingerprint)?;
             this.optimizer.restore(&checkpoint.optimizer)?;
             this.loss_scale = progress.loss_scale;
             this.step = progress.step;
