@@ -5,6 +5,7 @@
 mod checkpoint;
 mod compare;
 mod data;
+mod evaluate;
 mod memory;
 mod model;
 mod ops;
@@ -20,6 +21,7 @@ use candle_core::{Device, DeviceLocation};
 use checkpoint::Checkpoint;
 use clap::{Args, Parser, Subcommand};
 use data::Corpus;
+use evaluate::Report;
 use indicatif::HumanCount;
 use model::Sampling;
 use ops::{Purpose, rng};
@@ -46,6 +48,8 @@ enum Command {
     Train(TrainArgs),
     /// Lets the model of a checkpoint write
     Sample(SampleArgs),
+    /// Tells the loss of a checkpoint on the held-out text, in three ways
+    Evaluate(EvaluateArgs),
     /// Trains with each of the three layer norms from the same seed, and shows the difference
     Compare(CompareArgs),
 }
@@ -142,6 +146,25 @@ struct SampleArgs {
 
     #[command(flatten)]
     sampling: SamplingArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+struct EvaluateArgs {
+    /// The checkpoint: a file, such as DIR/best.safetensors
+    #[arg(value_name = "FILE")]
+    checkpoint: PathBuf,
+
+    /// The text that it was trained on, if that was not this crate's own sources
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+
+    /// Decides the random batches
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// Use the CPU even where CUDA could be used
+    #[arg(long)]
+    cpu: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -409,6 +432,13 @@ fn sample(args: &SampleArgs) -> Result<String> {
     Ok(vocabulary.decode(&ids))
 }
 
+fn evaluate(args: &EvaluateArgs) -> Result<Report> {
+    let checkpoint = Checkpoint::load(&args.checkpoint)?;
+    let context = checkpoint.progress.settings.context;
+    let corpus = Corpus::load(args.text.as_deref(), context, None)?;
+    Report::new(&checkpoint, &corpus, args.seed, &device(args.cpu, 0))
+}
+
 /// Limits that Ctrl-C sets. A second one ends the process at once.
 fn limits() -> Result<Limits> {
     let limits = Limits::default();
@@ -429,6 +459,10 @@ fn run(cli: &Cli) -> Result<()> {
         Some(Command::Train(args)) => train(args, limits()?).map(drop),
         Some(Command::Sample(args)) => {
             say(sample(args)?);
+            Ok(())
+        }
+        Some(Command::Evaluate(args)) => {
+            say(evaluate(args)?);
             Ok(())
         }
         Some(Command::Compare(args)) => compare::run(&args.source, &args.out),

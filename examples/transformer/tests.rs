@@ -73,6 +73,10 @@ fn the_command_line_is_well_formed() {
         Some(Command::Sample(_))
     ));
     assert!(matches!(
+        parse("evaluate x.safetensors --text y").command,
+        Some(Command::Evaluate(_))
+    ));
+    assert!(matches!(
         parse("compare --out x").command,
         Some(Command::Compare(_))
     ));
@@ -329,6 +333,67 @@ fn a_sample_is_decided_by_its_seed() {
     ] {
         assert_eq!(message(sample(line)), expected);
     }
+}
+
+#[test]
+fn an_evaluation_is_that_of_the_run_and_of_the_definition() {
+    let dir = dir();
+    let args = small(&dir, "");
+    let best = train_small(&args).unwrap().best.unwrap();
+    let text = args.source.text.unwrap();
+    let report = |text: &Path| {
+        let file = Files::new(dir.path()).best();
+        let line = format!(
+            "evaluate {} --cpu --text {}",
+            file.display(),
+            text.display()
+        );
+        let Some(Command::Evaluate(args)) = parse(&line).command else {
+            panic!("not evaluate")
+        };
+        evaluate(&args)
+    };
+    let of_best = report(&text).unwrap();
+    assert_eq!(of_best.side_by_side, best.held_out);
+
+    let checkpoint = Checkpoint::load(&Files::new(dir.path()).best()).unwrap();
+    let gpt = checkpoint.model(&Device::Cpu).unwrap();
+    let ids = Corpus::load(Some(&text), 16, None).unwrap().held_out;
+    // One target at a time, from the characters before it.
+    let mean = |stride: usize| {
+        let losses = (1..ids.len()).map(|target| {
+            let begin = (target - 1) / stride * stride;
+            let start = begin.saturating_sub(16 - stride);
+            let (input, next) =
+                data::windows(&ids, &[start], target - start, &Device::Cpu).unwrap();
+            let loss = gpt.loss_of_last(1, &input, &next).unwrap();
+            f64::from(loss.to_scalar::<f32>().unwrap())
+        });
+        losses.sum::<f64>() / (ids.len() - 1) as f64
+    };
+    for (ours, expected) in [
+        (of_best.side_by_side, mean(16)),
+        (of_best.overlapping, mean(8)),
+    ] {
+        assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
+    }
+    let estimates = &of_best.estimates;
+    let estimate = estimates.iter().sum::<f64>() / estimates.len() as f64;
+    assert!((estimate - of_best.side_by_side).abs() < 0.05, "{estimate}");
+    assert_ne!(estimates[0], estimates[1]);
+    assert_eq!(report(&text).unwrap().estimates, *estimates);
+    let shown = of_best.to_string();
+    assert!(
+        shown.contains(&format!("{:.4}  all of them", of_best.side_by_side)),
+        "{shown}"
+    );
+
+    let other = dir.path().join("other");
+    let same_characters: String = std::fs::read_to_string(&text)
+        .unwrap()
+        .replace("fox", "xof");
+    std::fs::write(&other, same_characters).unwrap();
+    assert_eq!(message(report(&other)), ANOTHER_TEXT);
 }
 
 #[test]
