@@ -157,6 +157,14 @@ pub fn run(source: &Source, out: &Path) -> Result<()> {
         source.overrides.norm.is_none(),
         "--norm cannot be chosen here: compare runs all three"
     );
+    for norm in NormKind::ALL {
+        let last = Files::new(&out.join(norm.name())).last();
+        ensure!(
+            !last.exists(),
+            "{} belongs to a run: give --out another directory",
+            last.display()
+        );
+    }
     let program = std::env::current_exe().context("cannot find this program to run it")?;
     let (mut rows, mut curves) = (Vec::new(), Vec::new());
     for norm in NormKind::ALL {

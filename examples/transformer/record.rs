@@ -189,10 +189,11 @@ impl Recorder {
 
     pub fn checkpoint(&self, checkpoint: &Checkpoint, is_best: bool) -> Result<()> {
         if let Some(files) = &self.files {
-            checkpoint.save(&files.last())?;
+            // The best comes first: `last` must not tell of one that was never written.
             if is_best {
                 checkpoint.save(&files.best())?;
             }
+            checkpoint.save(&files.last())?;
         }
         Ok(())
     }

@@ -241,6 +241,22 @@ fn compare_counts_what_candle_nns_norm_cuts_off() {
 }
 
 #[test]
+fn compare_leaves_earlier_runs_alone() {
+    let (dir, line) = (dir(), "--cpu");
+    let slow = dir.path().join("slow");
+    std::fs::create_dir(&slow).unwrap();
+    let last = Files::new(&slow).last();
+    std::fs::write(&last, "").unwrap();
+    assert_eq!(
+        message(compare::run(&args(line).source, dir.path())),
+        format!(
+            "{} belongs to a run: give --out another directory",
+            last.display()
+        )
+    );
+}
+
+#[test]
 fn compare_begins_its_runs_with_its_own_settings() {
     let line =
         "--preset shakespeare-cpu --layers 3 --learning-rate 0.002 --dtype bf16 --cpu --text t";
@@ -492,6 +508,22 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_one_before() {
         assert!(error.contains("No space left on device"), "{error}");
     }
     assert!(last(&dir) == checkpoint);
+}
+
+#[test]
+fn a_best_checkpoint_that_cannot_be_written_is_written_after_a_resume() {
+    let dir = dir();
+    let mut args = small(&dir, "");
+    let best = Files::new(dir.path()).best();
+    std::fs::create_dir_all(best.join("in the way")).unwrap();
+    message(train_small(&args));
+    assert_eq!(last(&dir).progress.step, 0);
+    std::fs::remove_dir_all(&best).unwrap();
+    args.resume = true;
+    let summary = train_small(&args).unwrap();
+    let written = Checkpoint::load(&best).unwrap().progress;
+    assert_eq!(written.best, summary.best);
+    assert_eq!(written.step, summary.best.unwrap().step);
 }
 
 #[test]
