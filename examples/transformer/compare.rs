@@ -2,7 +2,7 @@
 
 use crate::{
     Source, plot,
-    record::{Event, Files, read_metrics},
+    record::{Event, Files, read_metrics, say},
     settings::{NormKind, Settings},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -106,7 +106,7 @@ pub fn arguments(source: &Source, settings: &Settings, out: &Path) -> Vec<OsStri
         seed,
         ..
     } = settings;
-    let preset = clap::ValueEnum::to_possible_value(&source.preset);
+    let preset = clap::ValueEnum::to_possible_value(&source.preset.unwrap_or_default());
     let dtype = clap::ValueEnum::to_possible_value(&settings.dtype);
     let name = |value: Option<clap::builder::PossibleValue>| {
         value.map_or(String::new(), |value| value.get_name().to_owned())
@@ -157,11 +157,19 @@ pub fn run(source: &Source, out: &Path) -> Result<()> {
         source.overrides.norm.is_none(),
         "--norm cannot be chosen here: compare runs all three"
     );
+    for norm in NormKind::ALL {
+        let last = Files::new(&out.join(norm.name())).last();
+        ensure!(
+            !last.exists(),
+            "{} belongs to a run: give --out another directory",
+            last.display()
+        );
+    }
     let program = std::env::current_exe().context("cannot find this program to run it")?;
     let (mut rows, mut curves) = (Vec::new(), Vec::new());
     for norm in NormKind::ALL {
         let dir = out.join(norm.name());
-        println!("--norm {}", norm.name());
+        say(format_args!("--norm {}", norm.name()));
         let status = Command::new(&program)
             .args(arguments(source, &settings(source, norm)?, &dir))
             .stdin(Stdio::null())
@@ -185,9 +193,9 @@ pub fn run(source: &Source, out: &Path) -> Result<()> {
         });
         rows.push(row);
     }
-    print!("{}", table(&rows));
+    say(table(&rows).trim_end());
     let picture = out.join("compare.svg");
     plot::draw(&picture, "held-out loss by layer norm", &curves)?;
-    println!("the curves are in {}", picture.display());
+    say(format_args!("the curves are in {}", picture.display()));
     Ok(())
 }

@@ -132,6 +132,16 @@ impl Corpus {
         })
     }
 
+    /// Fails unless this is the text of `fingerprint`, that of a checkpoint.
+    pub fn ensure_is(&self, fingerprint: &str) -> Result<()> {
+        ensure!(
+            self.fingerprint() == fingerprint,
+            "the checkpoint was trained on another text: give --text the same one (without --text it is this crate's own \
+             sources, which may have changed)"
+        );
+        Ok(())
+    }
+
     /// FNV-1a over both parts: tells whether a checkpoint was trained on this text.
     pub fn fingerprint(&self) -> String {
         let ids = self.train.iter().chain(&self.held_out);
@@ -170,30 +180,42 @@ pub fn random_starts(ids: &[u32], count: usize, context: usize, rng: &mut impl R
         .collect()
 }
 
-/// A batch of an evaluation: where its windows begin, and how many tokens each of them has.
+/// A batch of an evaluation: windows of one length, of whose tokens the last `counted` are predicted for the result, and
+/// those before them only read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvalBatch {
     pub starts: Vec<usize>,
-    pub context: usize,
+    pub length: usize,
+    pub counted: usize,
 }
 
-/// Batches that predict each of `len` tokens but the first exactly once.
-pub fn eval_batches(len: usize, context: usize, batch_size: usize) -> Vec<EvalBatch> {
+/// Batches that predict each of `len` tokens but the first exactly once: `stride` of them in a window, which before those
+/// reads `context - stride` more, as far as there are as many. With a stride of `context` the windows lie side by side.
+pub fn eval_batches(
+    len: usize,
+    context: usize,
+    stride: usize,
+    batch_size: usize,
+) -> Vec<EvalBatch> {
     let targets = len - 1;
-    let starts: Vec<usize> = (0..targets / context).map(|i| i * context).collect();
-    let mut batches: Vec<EvalBatch> = starts
-        .chunks(batch_size)
-        .map(|starts| EvalBatch {
-            starts: starts.to_vec(),
-            context,
-        })
-        .collect();
-    let rest = targets % context;
-    if rest > 0 {
-        batches.push(EvalBatch {
-            starts: vec![targets - rest],
-            context: rest,
-        });
+    let mut batches: Vec<EvalBatch> = Vec::new();
+    for begin in (0..targets).step_by(stride) {
+        let counted = stride.min(targets - begin);
+        let start = begin.saturating_sub(context - stride);
+        let length = begin + counted - start;
+        match batches.last_mut() {
+            Some(last)
+                if (last.length, last.counted) == (length, counted)
+                    && last.starts.len() < batch_size =>
+            {
+                last.starts.push(start);
+            }
+            _ => batches.push(EvalBatch {
+                starts: vec![start],
+                length,
+                counted,
+            }),
+        }
     }
     batches
 }
@@ -256,17 +278,28 @@ mod tests {
     #[test]
     fn an_evaluation_predicts_every_token_once() {
         for len in 5..60 {
-            let mut predicted = vec![0; len];
-            for batch in eval_batches(len, 4, 3) {
-                assert!(batch.starts.len() <= 3);
-                for start in batch.starts {
-                    predicted[start + 1..=start + batch.context]
-                        .iter_mut()
-                        .for_each(|count| *count += 1);
+            for stride in 1..=4 {
+                let mut predicted = vec![0; len];
+                for batch in eval_batches(len, 4, stride, 3) {
+                    assert!(batch.starts.len() <= 3 && batch.length <= 4);
+                    for start in batch.starts {
+                        let end = start + batch.length;
+                        let first = end + 1 - batch.counted;
+                        assert!(
+                            first - start > (4 - stride).min(first - 1),
+                            "{len} {stride}"
+                        );
+                        for count in &mut predicted[first..=end] {
+                            *count += 1;
+                        }
+                    }
                 }
+                assert_eq!(predicted[0], 0);
+                assert!(
+                    predicted[1..].iter().all(|&count| count == 1),
+                    "{len} {stride}"
+                );
             }
-            assert_eq!(predicted[0], 0);
-            assert!(predicted[1..].iter().all(|&count| count == 1), "{len}");
         }
     }
 

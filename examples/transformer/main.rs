@@ -5,6 +5,7 @@
 mod checkpoint;
 mod compare;
 mod data;
+mod evaluate;
 mod memory;
 mod model;
 mod ops;
@@ -20,11 +21,12 @@ use candle_core::{Device, DeviceLocation};
 use checkpoint::Checkpoint;
 use clap::{Args, Parser, Subcommand};
 use data::Corpus;
+use evaluate::Report;
 use indicatif::HumanCount;
 use model::Sampling;
 use ops::{Purpose, rng};
 use parallel::{Alone, Collective};
-use record::{Files, Recorder};
+use record::{Files, Recorder, say};
 use settings::{Overrides, Preset, Settings};
 use std::{path::PathBuf, process::ExitCode, sync::atomic::Ordering, time::Duration};
 use train::{Limits, Summary, Trainer};
@@ -46,6 +48,8 @@ enum Command {
     Train(TrainArgs),
     /// Lets the model of a checkpoint write
     Sample(SampleArgs),
+    /// Tells the loss of a checkpoint on the held-out text, in three ways
+    Evaluate(EvaluateArgs),
     /// Trains with each of the three layer norms from the same seed, and shows the difference
     Compare(CompareArgs),
 }
@@ -65,9 +69,9 @@ struct Source {
     #[arg(long)]
     tf32: bool,
 
-    /// Where to begin: sizes, schedule, batches
-    #[arg(long, default_value = "quick")]
-    preset: Preset,
+    /// Where to begin: sizes, schedule, batches; without it `quick`
+    #[arg(long)]
+    preset: Option<Preset>,
 
     #[command(flatten)]
     overrides: Overrides,
@@ -145,6 +149,25 @@ struct SampleArgs {
 }
 
 #[derive(Clone, Debug, Args)]
+struct EvaluateArgs {
+    /// The checkpoint: a file, such as DIR/best.safetensors
+    #[arg(value_name = "FILE")]
+    checkpoint: PathBuf,
+
+    /// The text that it was trained on, if that was not this crate's own sources
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+
+    /// Decides the random batches
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// Use the CPU even where CUDA could be used
+    #[arg(long)]
+    cpu: bool,
+}
+
+#[derive(Clone, Debug, Args)]
 struct CompareArgs {
     #[command(flatten)]
     source: Source,
@@ -190,7 +213,9 @@ fn device_name(device: &Device) -> String {
 impl Source {
     /// The settings of a new run.
     fn settings(&self) -> Result<Settings> {
-        let settings = self.overrides.apply(&self.preset.settings());
+        let settings = self
+            .overrides
+            .apply(&self.preset.unwrap_or_default().settings());
         settings.validate()?;
         Ok(settings)
     }
@@ -219,15 +244,28 @@ impl Plan {
         let (settings, checkpoint) = match (&args.out, args.resume) {
             (Some(out), true) => {
                 let path = Files::new(out).last();
+                ensure!(
+                    path.exists(),
+                    "{} does not exist: leave --resume out to begin a run there",
+                    path.display()
+                );
                 let checkpoint = Checkpoint::load(&path)?;
                 let settings = checkpoint.progress.settings.clone();
-                let given = args.source.overrides.apply(&settings);
+                let preset = args.source.preset.map(Preset::settings);
+                let given = args
+                    .source
+                    .overrides
+                    .apply(preset.as_ref().unwrap_or(&settings));
                 let differences = settings.differences(&given);
                 ensure!(
                     differences.is_empty(),
-                    "{} has other settings: {}; leave them out to go on",
+                    "{} has other settings: {}; leave {} out to go on",
                     path.display(),
-                    differences.join("; ")
+                    differences.join("; "),
+                    match preset {
+                        Some(_) => "--preset and what changes it",
+                        None => "them",
+                    }
                 );
                 (settings, Some(checkpoint))
             }
@@ -280,19 +318,22 @@ impl Plan {
             return trainer.run(&self.limits, None);
         }
         match ranks {
-            1 => println!("device: {}", device_name(&device)),
-            _ => println!("device: {ranks} GPUs"),
+            1 => say(format_args!("device: {}", device_name(&device))),
+            _ => say(format_args!("device: {ranks} GPUs")),
         }
-        println!(
+        say(format_args!(
             "text: {} characters to train on, {} held out, {} different ones",
             HumanCount(self.corpus.train.len() as u64),
             HumanCount(self.corpus.held_out.len() as u64),
             self.corpus.vocabulary.len()
-        );
-        println!("parameters: {}", HumanCount(trainer.parameters() as u64));
+        ));
+        say(format_args!(
+            "parameters: {}",
+            HumanCount(trainer.parameters() as u64)
+        ));
         let done = checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
         if done > 0 {
-            println!("going on after step {done}");
+            say(format_args!("going on after step {done}"));
         }
         let title = format!(
             "{} layers, {} channels, {} norm, {:?}, seed {}",
@@ -307,24 +348,27 @@ impl Plan {
         let summary = trainer.run(&self.limits, Some(&mut recorder))?;
         recorder.finish();
 
-        let seconds = summary.time.as_secs_f64();
-        let tokens = (summary.steps_done * settings.batch_size * settings.context) as f64;
-        println!(
-            "{} of {} steps, {seconds:.1} s of training in this run, {} tokens/s",
-            summary.step,
-            settings.steps,
-            HumanCount((tokens / seconds.max(1e-9)) as u64),
-        );
+        let (step, steps) = (summary.step, settings.steps);
+        if summary.steps_done == 0 {
+            say(format_args!("{step} of {steps} steps: nothing was left"));
+        } else {
+            let seconds = summary.time.as_secs_f64();
+            let tokens = (summary.steps_done * settings.batch_size * settings.context) as f64;
+            say(format_args!(
+                "{step} of {steps} steps, {seconds:.1} s of training in this run, {} tokens/s",
+                HumanCount((tokens / seconds.max(1e-9)) as u64),
+            ));
+        }
         if let Some(best) = &summary.best {
-            println!(
+            say(format_args!(
                 "best held-out loss: {:.4} after step {}",
                 best.held_out, best.step
-            );
+            ));
         }
         if !summary.finished {
             match out {
-                Some(_) => println!("stopped early: go on with --resume"),
-                None => println!("stopped early, nothing was saved: give --out to save"),
+                Some(_) => say("stopped early: go on with --resume"),
+                None => say("stopped early, nothing was saved: give --out to save"),
             }
             return Ok(summary);
         }
@@ -336,7 +380,7 @@ impl Plan {
         let sample = trainer
             .gpt()
             .generate(&prompt, length, sampling, &mut rng)?;
-        println!("sample:\n{}", vocabulary.decode(&sample));
+        say(format_args!("sample:\n{}", vocabulary.decode(&sample)));
         Ok(summary)
     }
 }
@@ -388,6 +432,13 @@ fn sample(args: &SampleArgs) -> Result<String> {
     Ok(vocabulary.decode(&ids))
 }
 
+fn evaluate(args: &EvaluateArgs) -> Result<Report> {
+    let checkpoint = Checkpoint::load(&args.checkpoint)?;
+    let context = checkpoint.progress.settings.context;
+    let corpus = Corpus::load(args.text.as_deref(), context, None)?;
+    Report::new(&checkpoint, &corpus, args.seed, &device(args.cpu, 0))
+}
+
 /// Limits that Ctrl-C sets. A second one ends the process at once.
 fn limits() -> Result<Limits> {
     let limits = Limits::default();
@@ -407,7 +458,11 @@ fn run(cli: &Cli) -> Result<()> {
         None => train(&cli.train, limits()?).map(drop),
         Some(Command::Train(args)) => train(args, limits()?).map(drop),
         Some(Command::Sample(args)) => {
-            println!("{}", sample(args)?);
+            say(sample(args)?);
+            Ok(())
+        }
+        Some(Command::Evaluate(args)) => {
+            say(evaluate(args)?);
             Ok(())
         }
         Some(Command::Compare(args)) => compare::run(&args.source, &args.out),

@@ -100,6 +100,7 @@ pub enum Purpose {
     Batch,
     Dropout,
     Sample,
+    Estimate,
 }
 
 /// The random numbers of a step on a rank. They depend on nothing but the arguments, so the seed and the number of the

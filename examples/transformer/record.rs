@@ -5,10 +5,20 @@ use anyhow::{Context, Result};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use std::{
+    fmt::Display,
     fs::{File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
 };
+
+/// Prints a line. That nobody reads it any more, as after `| head`, is no reason to stop a run.
+pub fn say(line: impl Display) {
+    if cfg!(test) {
+        // Tests are quiet: the output of this macro alone is captured.
+        return println!("{line}");
+    }
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
 
 /// A line of the metrics file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,8 +90,10 @@ pub fn read_metrics(path: &Path) -> Result<Vec<Event>> {
         .lines()
         .enumerate()
         .map(|(i, line)| {
-            serde_json::from_str(line)
-                .with_context(|| format!("{name}:{}: not a line of metrics", i + 1))
+            serde_json::from_str(line).with_context(|| {
+                let line = i + 1;
+                format!("{name}:{line} is no line of metrics: remove the line, or the file")
+            })
         })
         .collect()
 }
@@ -159,7 +171,7 @@ impl Recorder {
     }
 
     pub fn say(&self, line: &str) {
-        self.bar.suspend(|| println!("{line}"));
+        self.bar.suspend(|| say(line));
     }
 
     pub fn event(&mut self, event: Event) -> Result<()> {
@@ -177,10 +189,11 @@ impl Recorder {
 
     pub fn checkpoint(&self, checkpoint: &Checkpoint, is_best: bool) -> Result<()> {
         if let Some(files) = &self.files {
-            checkpoint.save(&files.last())?;
+            // The best comes first: `last` must not tell of one that was never written.
             if is_best {
                 checkpoint.save(&files.best())?;
             }
+            checkpoint.save(&files.last())?;
         }
         Ok(())
     }

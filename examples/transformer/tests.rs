@@ -11,6 +11,9 @@ use tempfile::TempDir;
 const SMALL: &str = "--cpu --batch-size 4 --context 16 --layers 2 --heads 2 --channels 16 --steps 12 --eval-every 5 \
                      --sample-length 5 --learning-rate 0.01 --seed 3";
 
+const ANOTHER_TEXT: &str = "the checkpoint was trained on another text: give --text the same one (without --text it is this \
+                            crate's own sources, which may have changed)";
+
 fn parse(line: &str) -> Cli {
     Cli::try_parse_from(["transformer"].into_iter().chain(line.split_whitespace())).unwrap()
 }
@@ -68,6 +71,10 @@ fn the_command_line_is_well_formed() {
     assert!(matches!(
         parse("sample x.safetensors").command,
         Some(Command::Sample(_))
+    ));
+    assert!(matches!(
+        parse("evaluate x.safetensors --text y").command,
+        Some(Command::Evaluate(_))
     ));
     assert!(matches!(
         parse("compare --out x").command,
@@ -234,6 +241,22 @@ fn compare_counts_what_candle_nns_norm_cuts_off() {
 }
 
 #[test]
+fn compare_leaves_earlier_runs_alone() {
+    let (dir, line) = (dir(), "--cpu");
+    let slow = dir.path().join("slow");
+    std::fs::create_dir(&slow).unwrap();
+    let last = Files::new(&slow).last();
+    std::fs::write(&last, "").unwrap();
+    assert_eq!(
+        message(compare::run(&args(line).source, dir.path())),
+        format!(
+            "{} belongs to a run: give --out another directory",
+            last.display()
+        )
+    );
+}
+
+#[test]
 fn compare_begins_its_runs_with_its_own_settings() {
     let line =
         "--preset shakespeare-cpu --layers 3 --learning-rate 0.002 --dtype bf16 --cpu --text t";
@@ -329,6 +352,67 @@ fn a_sample_is_decided_by_its_seed() {
 }
 
 #[test]
+fn an_evaluation_is_that_of_the_run_and_of_the_definition() {
+    let dir = dir();
+    let args = small(&dir, "");
+    let best = train_small(&args).unwrap().best.unwrap();
+    let text = args.source.text.unwrap();
+    let report = |text: &Path| {
+        let file = Files::new(dir.path()).best();
+        let line = format!(
+            "evaluate {} --cpu --text {}",
+            file.display(),
+            text.display()
+        );
+        let Some(Command::Evaluate(args)) = parse(&line).command else {
+            panic!("not evaluate")
+        };
+        evaluate(&args)
+    };
+    let of_best = report(&text).unwrap();
+    assert_eq!(of_best.side_by_side, best.held_out);
+
+    let checkpoint = Checkpoint::load(&Files::new(dir.path()).best()).unwrap();
+    let gpt = checkpoint.model(&Device::Cpu).unwrap();
+    let ids = Corpus::load(Some(&text), 16, None).unwrap().held_out;
+    // One target at a time, from the characters before it.
+    let mean = |stride: usize| {
+        let losses = (1..ids.len()).map(|target| {
+            let begin = (target - 1) / stride * stride;
+            let start = begin.saturating_sub(16 - stride);
+            let (input, next) =
+                data::windows(&ids, &[start], target - start, &Device::Cpu).unwrap();
+            let loss = gpt.loss_of_last(1, &input, &next).unwrap();
+            f64::from(loss.to_scalar::<f32>().unwrap())
+        });
+        losses.sum::<f64>() / (ids.len() - 1) as f64
+    };
+    for (ours, expected) in [
+        (of_best.side_by_side, mean(16)),
+        (of_best.overlapping, mean(8)),
+    ] {
+        assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
+    }
+    let estimates = &of_best.estimates;
+    let estimate = estimates.iter().sum::<f64>() / estimates.len() as f64;
+    assert!((estimate - of_best.side_by_side).abs() < 0.05, "{estimate}");
+    assert_ne!(estimates[0], estimates[1]);
+    assert_eq!(report(&text).unwrap().estimates, *estimates);
+    let shown = of_best.to_string();
+    assert!(
+        shown.contains(&format!("{:.4}  all of them", of_best.side_by_side)),
+        "{shown}"
+    );
+
+    let other = dir.path().join("other");
+    let same_characters: String = std::fs::read_to_string(&text)
+        .unwrap()
+        .replace("fox", "xof");
+    std::fs::write(&other, same_characters).unwrap();
+    assert_eq!(message(report(&other)), ANOTHER_TEXT);
+}
+
+#[test]
 fn a_checkpoint_that_cannot_be_used_is_an_error_that_says_why() {
     let dir = dir();
     let mut args = small(&dir, "");
@@ -372,10 +456,7 @@ fn a_checkpoint_that_cannot_be_used_is_an_error_that_says_why() {
          began with"
     );
     std::fs::write(&text, old.replace("fox", "xof")).unwrap();
-    assert_eq!(
-        message(train_small(&args)),
-        "the checkpoint was trained on another text: give --text the same one"
-    );
+    assert_eq!(message(train_small(&args)), ANOTHER_TEXT);
     std::fs::write(&text, old).unwrap();
     let mut other = small_with(&dir, "--layers 3");
     other.resume = true;
@@ -383,11 +464,28 @@ fn a_checkpoint_that_cannot_be_used_is_an_error_that_says_why() {
         message(train_small(&other)),
         format!("{name} has other settings: layers 2, given 3; leave them out to go on")
     );
-    std::fs::remove_file(&path).unwrap();
+    // A preset counts, if it is given, with what the command line changes in it.
+    let mut preset = args.clone();
+    preset.source.preset = Some(Preset::Quick);
+    assert!(train_small(&preset).unwrap().finished);
+    preset.source.preset = Some(Preset::ShakespeareCpu);
+    assert_eq!(
+        message(train_small(&preset)),
+        format!(
+            "{name} has other settings: bias true, given false; leave --preset and what changes it out to go on"
+        )
+    );
+    std::fs::write(Files::new(dir.path()).metrics(), "{}\n").unwrap();
     let error = message(train_small(&args));
-    assert!(
-        error.starts_with(&format!("cannot read {name}: ")),
-        "{error}"
+    let expected = format!(
+        "{}:1 is no line of metrics: remove the line, or the file: ",
+        Files::new(dir.path()).metrics().display()
+    );
+    assert!(error.starts_with(&expected), "{error}");
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(
+        message(train_small(&args)),
+        format!("{name} does not exist: leave --resume out to begin a run there")
     );
 }
 
@@ -410,6 +508,22 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_one_before() {
         assert!(error.contains("No space left on device"), "{error}");
     }
     assert!(last(&dir) == checkpoint);
+}
+
+#[test]
+fn a_best_checkpoint_that_cannot_be_written_is_written_after_a_resume() {
+    let dir = dir();
+    let mut args = small(&dir, "");
+    let best = Files::new(dir.path()).best();
+    std::fs::create_dir_all(best.join("in the way")).unwrap();
+    message(train_small(&args));
+    assert_eq!(last(&dir).progress.step, 0);
+    std::fs::remove_dir_all(&best).unwrap();
+    args.resume = true;
+    let summary = train_small(&args).unwrap();
+    let written = Checkpoint::load(&best).unwrap().progress;
+    assert_eq!(written.best, summary.best);
+    assert_eq!(written.step, summary.best.unwrap().step);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use crate::{
     checkpoint::{Best, Checkpoint},
-    data::{self, Corpus, EvalBatch},
-    memory,
+    data::{self, Corpus},
+    evaluate, memory,
     model::{self, Config, Gpt},
     ops::{Purpose, rng},
     optimizer::{AdamW, LossScale},
@@ -27,9 +27,6 @@ use std::{
 
 /// The loss is read from the device once in this many steps: each reading waits for it.
 const READ_LOSS_EVERY: usize = 10;
-
-/// Windows in a batch of an evaluation, which keeps no activations.
-const EVAL_BATCH: usize = 64;
 
 /// What can end a run before its last step.
 #[derive(Clone, Debug, Default)]
@@ -113,10 +110,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
         };
         if let Some(checkpoint) = checkpoint {
             let progress = &checkpoint.progress;
-            ensure!(
-                progress.fingerprint == this.fingerprint,
-                "the checkpoint was trained on another text: give --text the same one"
-            );
+            corpus.ensure_is(&progress.fingerprint)?;
             this.optimizer.restore(&checkpoint.optimizer)?;
             this.loss_scale = progress.loss_scale;
             this.step = progress.step;
@@ -199,17 +193,14 @@ impl<'a, C: Collective> Trainer<'a, C> {
         Ok(first.then(|| grad_audit(&self.varmap, grads)).transpose()?)
     }
 
-    /// The mean loss over all of the held-out text, in nats a token, the work shared out to the ranks.
+    /// The mean loss over all of the held-out text in windows side by side, in nats a token, the work shared out to the
+    /// ranks.
     pub fn evaluate(&self) -> Result<f64> {
         let held_out = &self.corpus.held_out;
-        let batches = data::eval_batches(held_out.len(), self.settings.context, EVAL_BATCH);
+        let batches = evaluate::side_by_side(held_out.len(), self.settings.context);
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
-        let mut sum = Tensor::zeros((), candle_core::DType::F32, &self.device)?;
-        for EvalBatch { starts, context } in shard(&batches, rank, ranks) {
-            let (ids, targets) = data::windows(held_out, starts, *context, &self.device)?;
-            let loss = self.gpt.loss(&ids, &targets, false)?.detach();
-            sum = (sum + (loss * (starts.len() * context) as f64)?)?;
-        }
+        let batches = shard(&batches, rank, ranks);
+        let sum = evaluate::loss_sum(&self.gpt, held_out, batches)?;
         let sum: f32 = self.collective.sum(&sum)?.to_scalar()?;
         let loss = f64::from(sum) / (held_out.len() - 1) as f64;
         if !loss.is_finite() {
