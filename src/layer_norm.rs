@@ -1,6 +1,6 @@
 //! The layers, under candle-nn's names and signatures.
 
-use crate::ops;
+use crate::{NormConfig, ops};
 use candle_core::{Module, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -29,38 +29,40 @@ pub use candle_nn::LayerNormConfig;
 pub struct LayerNorm {
     weight: Tensor,
     bias: Option<Tensor>,
-    remove_mean: bool,
-    eps: f64,
+    /// Its `bias` says whether there is one.
+    config: NormConfig,
 }
 
 impl LayerNorm {
     /// A layer from its tensors, both of shape `normalized_shape`.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
-        Self {
-            weight,
-            bias: Some(bias),
-            remove_mean: true,
-            eps,
-        }
+        Self::from_config(weight, Some(bias), eps)
     }
 
     /// A layer without a bias.
     pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
-        Self {
-            weight,
-            bias: None,
-            remove_mean: true,
-            eps,
-        }
+        Self::from_config(weight, None, eps)
     }
 
     /// RMSNorm: no mean, no bias.
     pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
+        Self::from_config(weight, None, NormConfig::rms_norm(eps))
+    }
+
+    /// A layer from its tensors, of shape `normalized_shape`. Whether there is a bias is up to `bias`, not to `config`.
+    pub fn from_config<C: Into<NormConfig>>(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        config: C,
+    ) -> Self {
+        let config = NormConfig {
+            bias: bias.is_some(),
+            ..config.into()
+        };
         Self {
             weight,
-            bias: None,
-            remove_mean: false,
-            eps,
+            bias,
+            config,
         }
     }
 
@@ -74,50 +76,55 @@ impl LayerNorm {
         self.bias.as_ref()
     }
 
+    /// What the layer computes, apart from its tensors.
+    pub fn config(&self) -> NormConfig {
+        self.config
+    }
+
     /// What is added to the variance.
     pub fn eps(&self) -> f64 {
-        self.eps
+        self.config.eps
     }
 
     /// Whether the mean is removed; `false` is RMSNorm.
     pub fn remove_mean(&self) -> bool {
-        self.remove_mean
+        self.config.remove_mean
+    }
+
+    /// Whether the row is multiplied by `1 + weight`.
+    pub fn zero_centered_weight(&self) -> bool {
+        self.config.zero_centered_weight
     }
 }
 
 impl Module for LayerNorm {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::normalize(
-            xs,
-            self.weight.dims(),
-            Some(&self.weight),
-            self.bias.as_ref(),
-            self.remove_mean,
-            self.eps,
-        )
+        let (weight, bias) = (Some(&self.weight), self.bias.as_ref());
+        ops::normalize(xs, self.weight.shape(), weight, bias, &self.config)
     }
 }
 
 /// The same tensors, so that a variable stays the variable it was.
 impl From<candle_nn::LayerNorm> for LayerNorm {
     fn from(layer: candle_nn::LayerNorm) -> Self {
-        Self {
-            weight: layer.weight().clone(),
-            bias: layer.bias().cloned(),
+        let config = NormConfig {
             remove_mean: layer.remove_mean(),
-            eps: layer.eps(),
-        }
+            ..layer.eps().into()
+        };
+        Self::from_config(layer.weight().clone(), layer.bias().cloned(), config)
     }
 }
 
-/// A layer over the trailing dims `size` (a `usize` or a shape), its tensors read from or created in `vb`.
+/// A layer over the trailing dims `size` (a `usize` or a shape), its tensors read from or created in `vb`. `config` is an
+/// `eps`, candle-nn's [`LayerNormConfig`] or a [`NormConfig`].
 ///
-/// The weight is named `weight` or `gamma` and starts at 1, the bias is named `bias` or `beta` and starts at 0.
-/// As in candle-nn, `config.affine = false` leaves out the bias only, and a bias that is left out is not looked up.
+/// The weight is named `weight` or `gamma` and starts at 1, a zero-centred one at 0; the bias is named `bias` or `beta` and
+/// starts at 0. As in candle-nn, `config.affine = false` leaves out the bias only, and a bias that is left out is not looked
+/// up.
 ///
 /// # Errors
 /// Those of the VarBuilder: a tensor that is missing or has another shape.
-pub fn layer_norm<S: Into<Shape>, C: Into<LayerNormConfig>>(
+pub fn layer_norm<S: Into<Shape>, C: Into<NormConfig>>(
     size: S,
     config: C,
     vb: VarBuilder,
@@ -132,22 +139,21 @@ pub fn layer_norm<S: Into<Shape>, C: Into<LayerNormConfig>>(
         };
         vb.get_with_hints(size.clone(), name, Init::Const(init))
     };
-    let weight = get("weight", "gamma", 1.)?;
-    let bias = config.affine.then(|| get("bias", "beta", 0.)).transpose()?;
+    let ones = if config.zero_centered_weight { 0. } else { 1. };
+    let weight = get("weight", "gamma", ones)?;
+    let bias = config.bias.then(|| get("bias", "beta", 0.)).transpose()?;
     Ok(LayerNorm {
         weight,
         bias,
-        remove_mean: config.remove_mean,
-        eps: config.eps,
+        config,
     })
 }
 
 /// [`layer_norm`] without a bias.
 pub fn layer_norm_no_bias<S: Into<Shape>>(size: S, eps: f64, vb: VarBuilder) -> Result<LayerNorm> {
-    let config = LayerNormConfig {
-        eps,
-        remove_mean: true,
-        affine: false,
+    let config = NormConfig {
+        bias: false,
+        ..eps.into()
     };
     layer_norm(size, config, vb)
 }
@@ -160,6 +166,15 @@ impl RmsNorm {
     /// A layer from its weight, of shape `normalized_shape`.
     pub fn new(weight: Tensor, eps: f64) -> Self {
         Self(LayerNorm::rms_norm(weight, eps))
+    }
+
+    /// A layer whose weight is zero-centred, as those of Gemma are: `xs / sqrt(mean(xs^2) + eps) * (1 + weight)`.
+    pub fn new_zero_centered(weight: Tensor, eps: f64) -> Self {
+        let config = NormConfig {
+            zero_centered_weight: true,
+            ..NormConfig::rms_norm(eps)
+        };
+        Self(LayerNorm::from_config(weight, None, config))
     }
 
     /// The [`LayerNorm`] with `remove_mean = false` that this is.
@@ -175,6 +190,11 @@ impl RmsNorm {
     /// What is added to the mean square.
     pub fn eps(&self) -> f64 {
         self.0.eps()
+    }
+
+    /// Whether the row is multiplied by `1 + weight`.
+    pub fn zero_centered_weight(&self) -> bool {
+        self.0.zero_centered_weight()
     }
 
     /// As [`Module::forward`], which is differentiable here; kept so that callers of candle-nn's need no change.
@@ -198,10 +218,18 @@ impl From<candle_nn::RmsNorm> for RmsNorm {
 
 /// An [`RmsNorm`] over the trailing dims `size`, its weight read from or created in `vb`.
 pub fn rms_norm<S: Into<Shape>>(size: S, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
-    let config = LayerNormConfig {
-        eps,
-        remove_mean: false,
-        affine: false,
+    Ok(RmsNorm(layer_norm(size, NormConfig::rms_norm(eps), vb)?))
+}
+
+/// [`rms_norm`] with a weight that is zero-centred, as those of Gemma are, and starts at 0.
+pub fn rms_norm_zero_centered<S: Into<Shape>>(
+    size: S,
+    eps: f64,
+    vb: VarBuilder,
+) -> Result<RmsNorm> {
+    let config = NormConfig {
+        zero_centered_weight: true,
+        ..NormConfig::rms_norm(eps)
     };
     Ok(RmsNorm(layer_norm(size, config, vb)?))
 }

@@ -12,6 +12,7 @@
 #[doc(hidden)]
 pub mod bench;
 pub mod composed;
+mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
@@ -26,7 +27,9 @@ mod problem;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub mod tuning;
 
+pub use config::NormConfig;
 pub use grad_audit::{GradAudit, grad_audit};
 pub use layer_norm::{
     LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
+    rms_norm_zero_centered,
 };

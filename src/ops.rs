@@ -15,7 +15,7 @@
 //! A wrong shape, an unsupported dtype, tensors on several devices, or an `eps` that is negative or not finite: the
 //! message names the op, the argument, what was expected and what was given.
 
-use crate::{op::NormOp, problem::Problem};
+use crate::{NormConfig, op::NormOp, problem::Problem};
 use candle_core::{Result, Shape, Tensor};
 
 /// `(xs - mean) / sqrt(var + eps) * weight + bias`, the statistics taken over the dims that `weight` has.
@@ -38,19 +38,14 @@ use candle_core::{Result, Shape, Tensor};
 ///
 /// Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(
-        xs,
-        weight.dims(),
-        Some(weight),
-        Some(bias),
-        true,
-        f64::from(eps),
-    )
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), Some(bias), &config)
 }
 
 /// [`layer_norm`] without a bias.
 pub fn layer_norm_no_bias(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(xs, weight.dims(), Some(weight), None, true, f64::from(eps))
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), None, &config)
 }
 
 /// [`layer_norm`] with neither weight nor bias, over the trailing dims `normalized_shape`
@@ -60,8 +55,8 @@ pub fn layer_norm_no_affine<S: Into<Shape>>(
     normalized_shape: S,
     eps: f32,
 ) -> Result<Tensor> {
-    let shape = normalized_shape.into();
-    normalize(xs, shape.dims(), None, None, true, f64::from(eps))
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, normalized_shape, None, None, &config)
 }
 
 /// `xs / sqrt(mean(xs^2) + eps) * weight`, over the dims that `weight` has.
@@ -70,24 +65,49 @@ pub fn layer_norm_no_affine<S: Into<Shape>>(
 ///
 /// Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(xs, weight.dims(), Some(weight), None, false, f64::from(eps))
+    let config = NormConfig::rms_norm(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), None, &config)
 }
 
-/// The one way into the fused op, with every choice open.
-pub(crate) fn normalize(
+/// Normalises the trailing dims `normalized_shape` of `xs`, with every choice open: the function that the others call.
+///
+/// `weight` and `bias` are there or not, each on its own, whatever `config.bias` says; without a weight,
+/// `config.zero_centered_weight` changes nothing.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_layer_norm::{NormConfig, ops};
+/// # fn main() -> candle_core::Result<()> {
+/// let xs = Tensor::new(&[[3f32, 4.]], &Device::Cpu)?;
+/// let weight = Tensor::new(&[0f32, 1.], &Device::Cpu)?;
+/// // Gemma's norm: xs / sqrt(mean(xs^2) + eps) * (1 + weight).
+/// let gemma = NormConfig {
+///     zero_centered_weight: true,
+///     ..NormConfig::rms_norm(0.)
+/// };
+/// let ys = ops::normalize(&xs, 2, Some(&weight), None, &gemma)?;
+/// let root = 12.5f32.sqrt();
+/// let want = Tensor::new(&[[3. / root, 2. * 4. / root]], &Device::Cpu)?;
+/// assert!((ys - want)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-6);
+/// # Ok(()) }
+/// ```
+pub fn normalize<S: Into<Shape>>(
     xs: &Tensor,
-    normalized_shape: &[usize],
+    normalized_shape: S,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
-    remove_mean: bool,
-    eps: f64,
+    config: &NormConfig,
 ) -> Result<Tensor> {
-    let problem = Problem::new(xs, normalized_shape, weight, bias, remove_mean, eps)?;
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
     let tracked = [Some(xs), weight, bias]
         .into_iter()
         .flatten()
         .any(Tensor::track_op);
-    if xs.device().is_metal() || (tracked && second_order()) {
+    // The CUDA kernels read the weight as it is.
+    let no_kernel =
+        xs.device().is_metal() || (xs.device().is_cuda() && problem.zero_centered_weight);
+    if no_kernel || (tracked && second_order()) {
         return crate::composed::run(&problem, xs, weight, bias);
     }
     // The kernels read dense rows. A view that is dense but starts somewhere inside its storage is not copied.

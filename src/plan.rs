@@ -1179,6 +1179,7 @@ mod tests {
             dtype,
             param_dtype: dtype,
             weight: true,
+            zero_centered_weight: false,
             bias: true,
             remove_mean: true,
             eps: 1e-5,

@@ -1,5 +1,6 @@
 //! What one call normalises, validated once. Every error about the arguments of a call is written here.
 
+use crate::NormConfig;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// A validated call, flattened to `rows` x `cols`: `cols` is the product of `normalized_shape`.
@@ -15,6 +16,8 @@ pub struct Problem {
     pub param_dtype: DType,
     /// Whether ys is multiplied by a weight.
     pub weight: bool,
+    /// Whether it is multiplied by 1 + weight instead. `false` if there is none.
+    pub zero_centered_weight: bool,
     /// Whether a bias is added to ys.
     pub bias: bool,
     /// `false` is RMSNorm: the mean is taken as 0.
@@ -30,9 +33,11 @@ impl Problem {
         normalized_shape: &[usize],
         weight: Option<&Tensor>,
         bias: Option<&Tensor>,
-        remove_mean: bool,
-        eps: f64,
+        config: &NormConfig,
     ) -> Result<Self> {
+        let NormConfig {
+            eps, remove_mean, ..
+        } = *config;
         let op = op_name(remove_mean);
         if xs.rank() == 0 {
             bail!("{op}: xs: expected rank 1 or more, got a scalar")
@@ -100,6 +105,7 @@ impl Problem {
             dtype: xs.dtype(),
             param_dtype: param_dtype.unwrap_or(xs.dtype()),
             weight: weight.is_some(),
+            zero_centered_weight: config.zero_centered_weight && weight.is_some(),
             bias: bias.is_some(),
             remove_mean,
             eps,
