@@ -1,7 +1,7 @@
 //! The layers, under candle-nn's names and signatures.
 
 use crate::{NormConfig, ops};
-use candle_core::{Module, Result, Shape, Tensor};
+use candle_core::{DType, Module, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
@@ -31,6 +31,8 @@ pub struct LayerNorm {
     bias: Option<Tensor>,
     /// Its `bias` says whether there is one.
     config: NormConfig,
+    /// That of xs if `None`.
+    output_dtype: Option<DType>,
 }
 
 impl LayerNorm {
@@ -63,6 +65,15 @@ impl LayerNorm {
             weight,
             bias,
             config,
+            output_dtype: None,
+        }
+    }
+
+    /// The same layer with results of `dtype`, whatever that of xs is: [`ops::normalize_to_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Self {
+        Self {
+            output_dtype: Some(dtype),
+            ..self
         }
     }
 
@@ -95,12 +106,18 @@ impl LayerNorm {
     pub fn zero_centered_weight(&self) -> bool {
         self.config.zero_centered_weight
     }
+
+    /// The dtype of results, if it is another than that of xs.
+    pub fn output_dtype(&self) -> Option<DType> {
+        self.output_dtype
+    }
 }
 
 impl Module for LayerNorm {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (Some(&self.weight), self.bias.as_ref());
-        ops::normalize(xs, self.weight.shape(), weight, bias, &self.config)
+        let dtype = self.output_dtype.unwrap_or(xs.dtype());
+        ops::normalize_to_dtype(xs, self.weight.shape(), weight, bias, &self.config, dtype)
     }
 }
 
@@ -142,11 +159,7 @@ pub fn layer_norm<S: Into<Shape>, C: Into<NormConfig>>(
     let ones = if config.zero_centered_weight { 0. } else { 1. };
     let weight = get("weight", "gamma", ones)?;
     let bias = config.bias.then(|| get("bias", "beta", 0.)).transpose()?;
-    Ok(LayerNorm {
-        weight,
-        bias,
-        config,
-    })
+    Ok(LayerNorm::from_config(weight, bias, config))
 }
 
 /// [`layer_norm`] without a bias.
@@ -156,6 +169,78 @@ pub fn layer_norm_no_bias<S: Into<Shape>>(size: S, eps: f64, vb: VarBuilder) -> 
         ..eps.into()
     };
     layer_norm(size, config, vb)
+}
+
+/// Layer normalisation without weight and bias over the trailing dims `normalized_shape`, differentiable and fused: PyTorch's
+/// `elementwise_affine=False`. It has no variables, and nothing of it is in a checkpoint.
+///
+/// ```
+/// use candle_core::{Device, Module, Tensor};
+/// use candle_fused_layer_norm::layer_norm_no_affine;
+/// # fn main() -> candle_core::Result<()> {
+/// // The norm of an adaptive one (DiT): scale and shift come from elsewhere.
+/// let norm = layer_norm_no_affine(4, 1e-6);
+/// let xs = Tensor::new(&[[1f32, 2., 3., 6.]], &Device::Cpu)?;
+/// let (scale, shift) = (Tensor::new(&[[0.5f32]], &Device::Cpu)?, Tensor::new(&[[0f32]], &Device::Cpu)?);
+/// let ys = norm.forward(&xs)?.broadcast_mul(&(scale + 1.)?)?.broadcast_add(&shift)?;
+/// assert_eq!(ys.dims(), [1, 4]);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct LayerNormNoAffine {
+    normalized_shape: Shape,
+    /// Without a bias.
+    config: NormConfig,
+    output_dtype: Option<DType>,
+}
+
+impl LayerNormNoAffine {
+    /// A layer over the trailing dims `normalized_shape` (a `usize` or a shape). `config` is an `eps`, or what else a
+    /// [`NormConfig`] says of a norm without weight and bias: [`NormConfig::rms_norm`].
+    pub fn new<S: Into<Shape>, C: Into<NormConfig>>(normalized_shape: S, config: C) -> Self {
+        Self {
+            normalized_shape: normalized_shape.into(),
+            config: NormConfig {
+                bias: false,
+                zero_centered_weight: false,
+                ..config.into()
+            },
+            output_dtype: None,
+        }
+    }
+
+    /// The same layer with results of `dtype`, whatever that of xs is: [`ops::normalize_to_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Self {
+        Self {
+            output_dtype: Some(dtype),
+            ..self
+        }
+    }
+
+    /// The trailing dims that are normalised.
+    pub fn normalized_shape(&self) -> &Shape {
+        &self.normalized_shape
+    }
+
+    /// What the layer computes.
+    pub fn config(&self) -> NormConfig {
+        self.config
+    }
+}
+
+impl Module for LayerNormNoAffine {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let dtype = self.output_dtype.unwrap_or(xs.dtype());
+        ops::normalize_to_dtype(xs, &self.normalized_shape, None, None, &self.config, dtype)
+    }
+}
+
+/// [`LayerNormNoAffine::new`]: a layer without variables, which needs no [`VarBuilder`].
+pub fn layer_norm_no_affine<S: Into<Shape>, C: Into<NormConfig>>(
+    size: S,
+    config: C,
+) -> LayerNormNoAffine {
+    LayerNormNoAffine::new(size, config)
 }
 
 /// Root mean square normalisation, differentiable and fused: the drop-in for [`candle_nn::RmsNorm`].
@@ -175,6 +260,11 @@ impl RmsNorm {
             ..NormConfig::rms_norm(eps)
         };
         Self(LayerNorm::from_config(weight, None, config))
+    }
+
+    /// The same layer with results of `dtype`, whatever that of xs is: [`ops::normalize_to_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Self {
+        Self(self.0.with_output_dtype(dtype))
     }
 
     /// The [`LayerNorm`] with `remove_mean = false` that this is.

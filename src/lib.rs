@@ -30,6 +30,6 @@ pub mod tuning;
 pub use config::NormConfig;
 pub use grad_audit::{GradAudit, grad_audit};
 pub use layer_norm::{
-    LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
-    rms_norm_zero_centered,
+    LayerNorm, LayerNormConfig, LayerNormNoAffine, RmsNorm, layer_norm, layer_norm_no_affine,
+    layer_norm_no_bias, rms_norm, rms_norm_zero_centered,
 };

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `xs` | `[.., normalized_shape]`, any strides | f32, f16, bf16, f64 |
 //! | `weight`, `bias` | `normalized_shape`: one or more trailing dims of `xs` | that of `xs`, or f32 beside f16 and bf16 |
-//! | result | that of `xs` | that of `xs` |
+//! | result | that of `xs` | that of `xs`, or the one asked of [`normalize_to_dtype`] |
 //!
 //! Statistics and sums are f32, f64 for f64. The variance is biased and computed in two passes about the mean.
 //!
@@ -16,7 +16,7 @@
 //! message names the op, the argument, what was expected and what was given.
 
 use crate::{NormConfig, op::NormOp, problem::Problem};
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 
 /// `(xs - mean) / sqrt(var + eps) * weight + bias`, the statistics taken over the dims that `weight` has.
 ///
@@ -100,6 +100,55 @@ pub fn normalize<S: Into<Shape>>(
 ) -> Result<Tensor> {
     let shape = normalized_shape.into();
     let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
+    run(problem, xs, weight, bias)
+}
+
+/// [`normalize`] with a result of `dtype`, rounded once: f32 of f16 or bf16 `xs`, for a head whose logits are f32, or the
+/// other way round.
+///
+/// Where `dtype` is not that of `xs`, what is narrower than the type of the sums (or than `dtype`) is widened, which is
+/// exact, and the result is converted: a pass over `xs`, over ys, or over both (f16 to bf16), and as many backward. Gradients
+/// come back in the dtypes of their arguments. Weight and bias have the dtypes that [`normalize`] takes beside `xs`.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_fused_layer_norm::{NormConfig, ops};
+/// # fn main() -> candle_core::Result<()> {
+/// let xs = Tensor::new(&[[1f32, 2., 4.]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+/// let weight = Tensor::new(&[1f32, 1., 1.], &Device::Cpu)?;
+/// let config = NormConfig::default();
+/// let ys = ops::normalize_to_dtype(&xs, 3, Some(&weight), None, &config, DType::F32)?;
+/// assert_eq!(ys.dtype(), DType::F32);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// Those of [the module](self), and a `dtype` other than f32, f16, bf16 or f64.
+pub fn normalize_to_dtype<S: Into<Shape>>(
+    xs: &Tensor,
+    normalized_shape: S,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    config: &NormConfig,
+    dtype: DType,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
+    let through = problem.dtype_towards(dtype)?;
+    if through == xs.dtype() {
+        return run(problem, xs, weight, bias)?.to_dtype(dtype);
+    }
+    let wide = |tensor: &Tensor| tensor.to_dtype(through);
+    let (weight, bias) = (weight.map(wide).transpose()?, bias.map(wide).transpose()?);
+    normalize(&wide(xs)?, shape, weight.as_ref(), bias.as_ref(), config)?.to_dtype(dtype)
+}
+
+fn run(
+    problem: Problem,
+    xs: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
     let tracked = [Some(xs), weight, bias]
         .into_iter()
         .flatten()

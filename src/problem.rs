@@ -112,7 +112,7 @@ impl Problem {
         })
     }
 
-    /// The op's name in errors: `layer-norm` or `rms-norm`.
+    /// The op's name in errors.
     pub fn op_name(&self) -> &'static str {
         op_name(self.remove_mean)
     }
@@ -122,6 +122,20 @@ impl Problem {
         match self.dtype {
             DType::F64 => DType::F64,
             _ => DType::F32,
+        }
+    }
+
+    /// The dtype to compute results of `output` in: of those that hold xs and the sums, the least that holds `output`.
+    pub fn dtype_towards(&self, output: DType) -> Result<DType> {
+        match output {
+            output if output == self.dtype => Ok(output),
+            DType::F64 => Ok(DType::F64),
+            DType::F32 | DType::F16 | DType::BF16 => Ok(self.stats_dtype()),
+            other => bail!(
+                "{}: output dtype: expected f32, f16, bf16 or f64, got {}",
+                self.op_name(),
+                other.as_str()
+            ),
         }
     }
 
@@ -142,6 +156,7 @@ pub struct Wanted {
     pub dbias: bool,
 }
 
+/// The op's name in errors: `layer-norm` or `rms-norm`.
 fn op_name(remove_mean: bool) -> &'static str {
     if remove_mean {
         "layer-norm"

@@ -26,12 +26,12 @@ fn the_sum_is_not_rounded_to_the_weights_dtype() -> Result<()> {
             let mut case = Case::random(kind, Dtypes::BF16, &shape, 1);
             let small = 2f64.powi(-10);
             case.weight = Some(vec![small; shape[1]]);
-            let large = Case {
+            let none = Case {
                 weight: Some(vec![0.; shape[1]]),
                 ..case.clone()
             };
             for device in devices() {
-                let (y, without) = (case.forward(device)?, large.forward(device)?);
+                let (y, without) = (case.forward(device)?, none.forward(device)?);
                 let moved = values(&y)?
                     .into_iter()
                     .zip(values(&without)?)
