@@ -1,7 +1,8 @@
 //! The layers, under candle-nn's names and signatures.
 
+use crate::problem::op_name;
 use crate::{NormConfig, ops};
-use candle_core::{DType, Module, Result, Shape, Tensor};
+use candle_core::{DType, Error, Module, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
@@ -129,6 +130,85 @@ impl From<candle_nn::LayerNorm> for LayerNorm {
             ..layer.eps().into()
         };
         Self::from_config(layer.weight().clone(), layer.bias().cloned(), config)
+    }
+}
+
+/// The same tensors, so that a variable stays the variable it was.
+///
+/// # Errors
+/// candle-nn's layer has no zero-centred weight, no normalised shape of several dims, no output dtype, and no constructor for a
+/// bias without the removal of the mean.
+impl TryFrom<LayerNorm> for candle_nn::LayerNorm {
+    type Error = Error;
+
+    fn try_from(layer: LayerNorm) -> Result<Self> {
+        let LayerNorm {
+            weight,
+            bias,
+            config,
+            output_dtype,
+        } = layer;
+        let op = op_name(config.remove_mean);
+        if config.zero_centered_weight {
+            bail!(
+                "{op}: weight: expected one that multiplies as it is for candle_nn::LayerNorm, got a zero-centred one"
+            )
+        }
+        if weight.rank() != 1 {
+            bail!(
+                "{op}: weight: expected one dim for candle_nn::LayerNorm, got {:?}",
+                weight.dims()
+            )
+        }
+        if let Some(dtype) = output_dtype {
+            bail!(
+                "{op}: output dtype: expected that of xs for candle_nn::LayerNorm, got {}",
+                dtype.as_str()
+            )
+        }
+        Ok(match (config.remove_mean, bias) {
+            (true, Some(bias)) => Self::new(weight, bias, config.eps),
+            (true, None) => Self::new_no_bias(weight, config.eps),
+            (false, None) => Self::rms_norm(weight, config.eps),
+            (false, Some(_)) => bail!(
+                "{op}: bias: expected none for candle_nn::LayerNorm where the mean stays, got one"
+            ),
+        })
+    }
+}
+
+/// The same tensor, so that a variable stays the variable it was.
+///
+/// # Errors
+/// Those of the conversion to [`candle_nn::LayerNorm`].
+impl TryFrom<RmsNorm> for candle_nn::RmsNorm {
+    type Error = Error;
+
+    fn try_from(layer: RmsNorm) -> Result<Self> {
+        let layer = candle_nn::LayerNorm::try_from(layer.0)?;
+        Ok(Self::new(layer.weight().clone(), layer.eps()))
+    }
+}
+
+/// The same config.
+///
+/// # Errors
+/// candle-nn's has no zero-centred weight.
+impl TryFrom<NormConfig> for LayerNormConfig {
+    type Error = Error;
+
+    fn try_from(config: NormConfig) -> Result<Self> {
+        if config.zero_centered_weight {
+            bail!(
+                "{}: zero_centered_weight: expected false for candle_nn::LayerNormConfig, got true",
+                op_name(config.remove_mean)
+            )
+        }
+        Ok(Self {
+            eps: config.eps,
+            remove_mean: config.remove_mean,
+            affine: config.bias,
+        })
     }
 }
 

@@ -157,7 +157,7 @@ pub struct Wanted {
 }
 
 /// The op's name in errors: `layer-norm` or `rms-norm`.
-fn op_name(remove_mean: bool) -> &'static str {
+pub(crate) fn op_name(remove_mean: bool) -> &'static str {
     if remove_mean {
         "layer-norm"
     } else {
