@@ -11,6 +11,8 @@
 
 #[doc(hidden)]
 pub mod bench;
+#[doc = include_str!("docs/coming_from.md")]
+pub mod coming_from {}
 pub mod composed;
 mod config;
 mod cpu;
