@@ -471,7 +471,7 @@ fn check(
     let sample = rows.min((1usize << 25).div_ceil(cols));
     let wide = |t: &Tensor| -> Result<Var> { Ok(Var::from_tensor(&t.to_dtype(DType::F64)?)?) };
     let (x64, w64, b64) = (wide(&x.narrow(0, 0, sample)?)?, wide(weight)?, wide(bias)?);
-    let y64 = composed::normalize(&x64, &[cols], Some(&w64), Some(&b64), true, EPS)?;
+    let y64 = composed::normalize(&x64, &[cols], Some(&w64), Some(&b64), &EPS.into())?;
     let tolerance = match x.dtype() {
         DType::F64 => 1e-12,
         DType::F32 => 1e-5,

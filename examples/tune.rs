@@ -249,7 +249,7 @@ impl Case {
             let x = f64_var(&self.x.narrow(0, first, rows)?)?;
             let dy = self.dy.narrow(0, first, rows)?.to_dtype(DType::F64)?;
             let part =
-                composed::normalize(&x, &[self.cols], Some(&weight), Some(&bias), true, EPS)?;
+                composed::normalize(&x, &[self.cols], Some(&weight), Some(&bias), &EPS.into())?;
             let grads = (&part * dy)?.sum_all()?.backward()?;
             let gradient = |var: &Var| grads.get(var).context("the composed op gave no gradient");
             y.push(part.detach());

@@ -1,6 +1,7 @@
 //! What `benches/` and `examples/tune.rs` need and a model does not: the backward pass on its own, and choosing kernels. Not part of
 //! the public API.
 
+use crate::NormConfig;
 use crate::add::{self, AddArgs};
 use crate::cpu::{BackwardPass, Element, ForwardPass};
 use crate::op::{BackwardArgs, NormOp};
@@ -23,7 +24,13 @@ pub fn layer_norm(
     bias: &Tensor,
     eps: f64,
 ) -> Result<(Tensor, impl Fn(&Tensor) -> Result<Gradients>)> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, eps)?;
+    let problem = Problem::new(
+        xs,
+        weight.dims(),
+        Some(weight),
+        Some(bias),
+        &NormConfig::from(eps),
+    )?;
     let op: Arc<Box<dyn CustomOp3 + Send + Sync>> = Arc::new(Box::new(NormOp::new(problem, true)));
     let ys = xs.apply_op3_arc(weight, bias, op.clone())?;
     let (xs, weight, bias, result) = (xs.clone(), weight.clone(), bias.clone(), ys.clone());
@@ -47,7 +54,7 @@ pub fn add_layer_norm(
     (Tensor, Tensor),
     impl Fn(&Tensor, &Tensor) -> Result<AddGradients>,
 )> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, eps)?;
+    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), &eps.into())?;
     let args = AddArgs {
         x: xs.clone(),
         residual: residual.clone(),
@@ -71,7 +78,13 @@ pub type Kernel = Box<dyn FnMut() -> Result<()>>;
 
 /// The CPU's forward pass over contiguous tensors, without what a call of the op adds to it: its outputs are there and touched.
 pub fn cpu_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Kernel> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, eps)?;
+    let problem = Problem::new(
+        xs,
+        weight.dims(),
+        Some(weight),
+        Some(bias),
+        &NormConfig::from(eps),
+    )?;
     let [xs, weight, bias] = [xs, weight, bias].map(Tensor::clone);
     dispatch!("CPU", problem, T, P => {
         let mut ys = touched::<T>(xs.elem_count());
@@ -99,7 +112,7 @@ pub fn cpu_backward(
     rstd: &Tensor,
     dy: &Tensor,
 ) -> Result<Kernel> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), None, true, 0.)?;
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &NormConfig::from(0.))?;
     let operands = [xs, weight, mean, rstd, dy].map(Tensor::clone);
     let wanted = Wanted {
         dx: true,
@@ -152,14 +165,20 @@ pub struct Candidates {
 /// The choices for a forward pass over contiguous CUDA tensors.
 #[cfg(feature = "cuda")]
 pub fn forward_candidates(xs: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Candidates> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), true, 0.)?;
+    let problem = Problem::new(
+        xs,
+        weight.dims(),
+        Some(weight),
+        Some(bias),
+        &NormConfig::from(0.),
+    )?;
     crate::cuda::candidates(&problem, Direction::Forward, &[xs], &[weight, bias])
 }
 
 /// The choices for a backward pass over contiguous CUDA tensors.
 #[cfg(feature = "cuda")]
 pub fn backward_candidates(xs: &Tensor, weight: &Tensor, dy: &Tensor) -> Result<Candidates> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), None, true, 0.)?;
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &NormConfig::from(0.))?;
     crate::cuda::candidates(&problem, Direction::Backward, &[xs, dy], &[weight])
 }
 

@@ -4,22 +4,23 @@
 //! kernel (Metal), and when gradients of gradients are wanted (`CANDLE_GRAD_DO_NOT_DETACH`), since candle can
 //! differentiate these ops any number of times.
 
+use crate::NormConfig;
 use crate::problem::Problem;
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Shape, Tensor};
 
 /// Normalises the trailing `normalized_shape` dims of `xs`, then multiplies by `weight` and adds `bias`.
 ///
-/// Arguments, dtypes and errors are those of [`crate::ops`]; `remove_mean = false` is RMSNorm. f16 and bf16 are
-/// computed in f32 and rounded once, f64 in f64.
-pub fn normalize(
+/// Arguments, dtypes and errors are those of [`crate::ops::normalize`]. f16 and bf16 are computed in f32 and rounded
+/// once, f64 in f64.
+pub fn normalize<S: Into<Shape>>(
     xs: &Tensor,
-    normalized_shape: &[usize],
+    normalized_shape: S,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
-    remove_mean: bool,
-    eps: f64,
+    config: &NormConfig,
 ) -> Result<Tensor> {
-    let problem = Problem::new(xs, normalized_shape, weight, bias, remove_mean, eps)?;
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
     run(&problem, xs, weight, bias)
 }
 
@@ -42,7 +43,12 @@ pub(crate) fn run(
     let var = (x.sqr()?.sum_keepdim(D::Minus1)? * inv_cols)?;
     let mut y = x.broadcast_div(&(var + problem.eps)?.sqrt()?)?;
     if let Some(weight) = weight {
-        y = y.broadcast_mul(&weight.reshape(cols)?.to_dtype(stats)?)?;
+        let weight = weight.reshape(cols)?.to_dtype(stats)?;
+        y = y.broadcast_mul(&if problem.zero_centered_weight {
+            (weight + 1.)?
+        } else {
+            weight
+        })?;
     }
     if let Some(bias) = bias {
         y = y.broadcast_add(&bias.reshape(cols)?.to_dtype(stats)?)?;

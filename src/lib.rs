@@ -12,7 +12,10 @@
 mod add;
 #[doc(hidden)]
 pub mod bench;
+#[doc = include_str!("docs/coming_from.md")]
+pub mod coming_from {}
 pub mod composed;
+mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
@@ -28,7 +31,9 @@ mod problem;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub mod tuning;
 
+pub use config::NormConfig;
 pub use grad_audit::{GradAudit, grad_audit};
 pub use layer_norm::{
-    LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
+    LayerNorm, LayerNormConfig, LayerNormNoAffine, RmsNorm, layer_norm, layer_norm_no_affine,
+    layer_norm_no_bias, rms_norm, rms_norm_zero_centered,
 };

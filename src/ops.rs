@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `xs` | `[.., normalized_shape]`, any strides | f32, f16, bf16, f64 |
 //! | `weight`, `bias` | `normalized_shape`: one or more trailing dims of `xs` | that of `xs`, or f32 beside f16 and bf16 |
-//! | result | that of `xs` | that of `xs` |
+//! | result | that of `xs` | that of `xs`, or the one asked of [`normalize_to_dtype`] |
 //!
 //! Statistics and sums are f32, f64 for f64. The variance is biased and computed in two passes about the mean.
 //!
@@ -17,11 +17,12 @@
 
 pub use crate::dropout::Dropout;
 use crate::{
+    NormConfig,
     add::{self, AddArgs},
     op::NormOp,
     problem::Problem,
 };
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 
 /// `(xs - mean) / sqrt(var + eps) * weight + bias`, the statistics taken over the dims that `weight` has.
 ///
@@ -43,19 +44,14 @@ use candle_core::{Result, Shape, Tensor};
 ///
 /// Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(
-        xs,
-        weight.dims(),
-        Some(weight),
-        Some(bias),
-        true,
-        f64::from(eps),
-    )
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), Some(bias), &config)
 }
 
 /// [`layer_norm`] without a bias.
 pub fn layer_norm_no_bias(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(xs, weight.dims(), Some(weight), None, true, f64::from(eps))
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), None, &config)
 }
 
 /// [`layer_norm`] with neither weight nor bias, over the trailing dims `normalized_shape`
@@ -65,8 +61,8 @@ pub fn layer_norm_no_affine<S: Into<Shape>>(
     normalized_shape: S,
     eps: f32,
 ) -> Result<Tensor> {
-    let shape = normalized_shape.into();
-    normalize(xs, shape.dims(), None, None, true, f64::from(eps))
+    let config = NormConfig::from(f64::from(eps));
+    normalize(xs, normalized_shape, None, None, &config)
 }
 
 /// `xs / sqrt(mean(xs^2) + eps) * weight`, over the dims that `weight` has.
@@ -75,7 +71,82 @@ pub fn layer_norm_no_affine<S: Into<Shape>>(
 ///
 /// Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    normalize(xs, weight.dims(), Some(weight), None, false, f64::from(eps))
+    let config = NormConfig::rms_norm(f64::from(eps));
+    normalize(xs, weight.dims(), Some(weight), None, &config)
+}
+
+/// Normalises the trailing dims `normalized_shape` of `xs`, with every choice open: the function that the others call.
+///
+/// `weight` and `bias` are there or not, each on its own, whatever `config.bias` says; without a weight,
+/// `config.zero_centered_weight` changes nothing.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_layer_norm::{NormConfig, ops};
+/// # fn main() -> candle_core::Result<()> {
+/// let xs = Tensor::new(&[[3f32, 4.]], &Device::Cpu)?;
+/// let weight = Tensor::new(&[0f32, 1.], &Device::Cpu)?;
+/// // Gemma's norm: xs / sqrt(mean(xs^2) + eps) * (1 + weight).
+/// let gemma = NormConfig {
+///     zero_centered_weight: true,
+///     ..NormConfig::rms_norm(0.)
+/// };
+/// let ys = ops::normalize(&xs, 2, Some(&weight), None, &gemma)?;
+/// let root = 12.5f32.sqrt();
+/// let want = Tensor::new(&[[3. / root, 2. * 4. / root]], &Device::Cpu)?;
+/// assert!((ys - want)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-6);
+/// # Ok(()) }
+/// ```
+pub fn normalize<S: Into<Shape>>(
+    xs: &Tensor,
+    normalized_shape: S,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    config: &NormConfig,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
+    run(problem, xs, weight, bias)
+}
+
+/// [`normalize`] with a result of `dtype`, rounded once: f32 of f16 or bf16 `xs`, for a head whose logits are f32, or the
+/// other way round.
+///
+/// Where `dtype` is not that of `xs`, what is narrower than the type of the sums (or than `dtype`) is widened, which is
+/// exact, and the result is converted: a pass over `xs`, over ys, or over both (f16 to bf16), and as many backward. Gradients
+/// come back in the dtypes of their arguments. Weight and bias have the dtypes that [`normalize`] takes beside `xs`.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_fused_layer_norm::{NormConfig, ops};
+/// # fn main() -> candle_core::Result<()> {
+/// let xs = Tensor::new(&[[1f32, 2., 4.]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+/// let weight = Tensor::new(&[1f32, 1., 1.], &Device::Cpu)?;
+/// let config = NormConfig::default();
+/// let ys = ops::normalize_to_dtype(&xs, 3, Some(&weight), None, &config, DType::F32)?;
+/// assert_eq!(ys.dtype(), DType::F32);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// Those of [the module](self), and a `dtype` other than f32, f16, bf16 or f64.
+pub fn normalize_to_dtype<S: Into<Shape>>(
+    xs: &Tensor,
+    normalized_shape: S,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    config: &NormConfig,
+    dtype: DType,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
+    let through = problem.dtype_towards(dtype)?;
+    if through == xs.dtype() {
+        return run(problem, xs, weight, bias)?.to_dtype(dtype);
+    }
+    let wide = |tensor: &Tensor| tensor.to_dtype(through);
+    let (weight, bias) = (weight.map(wide).transpose()?, bias.map(wide).transpose()?);
+    normalize(&wide(xs)?, shape, weight.as_ref(), bias.as_ref(), config)?.to_dtype(dtype)
 }
 
 /// The norm of a sum, and the sum: `sum = residual + xs`, `ys = layer_norm(sum)`. Returns `(ys, sum)`.
@@ -115,13 +186,9 @@ pub fn add_layer_norm(
     bias: &Tensor,
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
-    let args = AddArgs {
-        x: xs,
-        residual,
-        weight: Some(weight),
-        bias: Some(bias),
-    };
-    add_normalize(&args, weight.dims(), true, f64::from(eps), None)
+    let params = (Some(weight), Some(bias));
+    let config = NormConfig::from(f64::from(eps));
+    add_normalize(xs, residual, weight.dims(), params, &config, None)
 }
 
 /// [`add_layer_norm`] for RMSNorm, without a bias.
@@ -131,13 +198,9 @@ pub fn add_rms_norm(
     weight: &Tensor,
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
-    let args = AddArgs {
-        x: xs,
-        residual,
-        weight: Some(weight),
-        bias: None,
-    };
-    add_normalize(&args, weight.dims(), false, f64::from(eps), None)
+    let params = (Some(weight), None);
+    let config = NormConfig::rms_norm(f64::from(eps));
+    add_normalize(xs, residual, weight.dims(), params, &config, None)
 }
 
 /// [`add_layer_norm`] of `sum = residual + dropout(xs)`, where dropout takes no memory: see [`Dropout`].
@@ -151,13 +214,9 @@ pub fn dropout_add_layer_norm(
     eps: f32,
     dropout: Dropout,
 ) -> Result<(Tensor, Tensor)> {
-    let args = AddArgs {
-        x: xs,
-        residual,
-        weight: Some(weight),
-        bias: Some(bias),
-    };
-    add_normalize(&args, weight.dims(), true, f64::from(eps), Some(dropout))
+    let params = (Some(weight), Some(bias));
+    let config = NormConfig::from(f64::from(eps));
+    add_normalize(xs, residual, weight.dims(), params, &config, Some(dropout))
 }
 
 /// [`add_rms_norm`] of `sum = residual + dropout(xs)`.
@@ -168,45 +227,47 @@ pub fn dropout_add_rms_norm(
     eps: f32,
     dropout: Dropout,
 ) -> Result<(Tensor, Tensor)> {
+    let params = (Some(weight), None);
+    let config = NormConfig::rms_norm(f64::from(eps));
+    add_normalize(xs, residual, weight.dims(), params, &config, Some(dropout))
+}
+
+/// [`normalize`] of `sum = residual + dropout(xs)`, and the sum, with every choice open: the function that the others call.
+///
+/// `params` are weight and bias, each of which may be missing.
+pub fn add_normalize<S: Into<Shape>>(
+    xs: &Tensor,
+    residual: &Tensor,
+    normalized_shape: S,
+    (weight, bias): (Option<&Tensor>, Option<&Tensor>),
+    config: &NormConfig,
+    dropout: Option<Dropout>,
+) -> Result<(Tensor, Tensor)> {
+    let shape = normalized_shape.into();
+    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
     let args = AddArgs {
         x: xs,
         residual,
-        weight: Some(weight),
-        bias: None,
+        weight,
+        bias,
     };
-    add_normalize(&args, weight.dims(), false, f64::from(eps), Some(dropout))
+    add::normalize(problem, &args, dropout)
 }
 
-/// The one way into the fused op of a sum.
-pub(crate) fn add_normalize(
-    args: &AddArgs<&Tensor>,
-    normalized_shape: &[usize],
-    remove_mean: bool,
-    eps: f64,
-    dropout: Option<Dropout>,
-) -> Result<(Tensor, Tensor)> {
-    let AddArgs {
-        x, weight, bias, ..
-    } = *args;
-    let problem = Problem::new(x, normalized_shape, weight, bias, remove_mean, eps)?;
-    add::normalize(problem, args, dropout)
-}
-
-/// The one way into the fused op, with every choice open.
-pub(crate) fn normalize(
+fn run(
+    problem: Problem,
     xs: &Tensor,
-    normalized_shape: &[usize],
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
-    remove_mean: bool,
-    eps: f64,
 ) -> Result<Tensor> {
-    let problem = Problem::new(xs, normalized_shape, weight, bias, remove_mean, eps)?;
     let tracked = [Some(xs), weight, bias]
         .into_iter()
         .flatten()
         .any(Tensor::track_op);
-    if xs.device().is_metal() || (tracked && second_order()) {
+    // The CUDA kernels read the weight as it is.
+    let no_kernel =
+        xs.device().is_metal() || (xs.device().is_cuda() && problem.zero_centered_weight);
+    if no_kernel || (tracked && second_order()) {
         return crate::composed::run(&problem, xs, weight, bias);
     }
     // The kernels read dense rows. A view that is dense but starts somewhere inside its storage is not copied.

@@ -1272,6 +1272,7 @@ mod tests {
             dtype,
             param_dtype: dtype,
             weight: true,
+            zero_centered_weight: false,
             bias: true,
             remove_mean: true,
             eps: 1e-5,

@@ -1,5 +1,6 @@
 //! What one call normalises, validated once. Every error about the arguments of a call is written here.
 
+use crate::NormConfig;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// A validated call, flattened to `rows` x `cols`: `cols` is the product of `normalized_shape`.
@@ -15,6 +16,8 @@ pub struct Problem {
     pub param_dtype: DType,
     /// Whether ys is multiplied by a weight.
     pub weight: bool,
+    /// Whether it is multiplied by 1 + weight instead. `false` if there is none.
+    pub zero_centered_weight: bool,
     /// Whether a bias is added to ys.
     pub bias: bool,
     /// `false` is RMSNorm: the mean is taken as 0.
@@ -30,9 +33,11 @@ impl Problem {
         normalized_shape: &[usize],
         weight: Option<&Tensor>,
         bias: Option<&Tensor>,
-        remove_mean: bool,
-        eps: f64,
+        config: &NormConfig,
     ) -> Result<Self> {
+        let NormConfig {
+            eps, remove_mean, ..
+        } = *config;
         let op = op_name(remove_mean);
         if xs.rank() == 0 {
             bail!("{op}: xs: expected rank 1 or more, got a scalar")
@@ -100,13 +105,14 @@ impl Problem {
             dtype: xs.dtype(),
             param_dtype: param_dtype.unwrap_or(xs.dtype()),
             weight: weight.is_some(),
+            zero_centered_weight: config.zero_centered_weight && weight.is_some(),
             bias: bias.is_some(),
             remove_mean,
             eps,
         })
     }
 
-    /// The op's name in errors: `layer-norm` or `rms-norm`.
+    /// The op's name in errors.
     pub fn op_name(&self) -> &'static str {
         op_name(self.remove_mean)
     }
@@ -119,9 +125,23 @@ impl Problem {
         }
     }
 
-    /// What is added to the weight.
+    /// The dtype to compute results of `output` in: of those that hold xs and the sums, the least that holds `output`.
+    pub fn dtype_towards(&self, output: DType) -> Result<DType> {
+        match output {
+            output if output == self.dtype => Ok(output),
+            DType::F64 => Ok(DType::F64),
+            DType::F32 | DType::F16 | DType::BF16 => Ok(self.stats_dtype()),
+            other => bail!(
+                "{}: output dtype: expected f32, f16, bf16 or f64, got {}",
+                self.op_name(),
+                other.as_str()
+            ),
+        }
+    }
+
+    /// What is added to the weight: 1 to one that is centred at 0.
     pub fn weight_offset(&self) -> f64 {
-        0.
+        f64::from(u8::from(self.weight && self.zero_centered_weight))
     }
 
     /// Whether there is nothing to normalise.
@@ -141,7 +161,8 @@ pub struct Wanted {
     pub dbias: bool,
 }
 
-fn op_name(remove_mean: bool) -> &'static str {
+/// The op's name in errors: `layer-norm` or `rms-norm`.
+pub(crate) fn op_name(remove_mean: bool) -> &'static str {
     if remove_mean {
         "layer-norm"
     } else {

@@ -434,6 +434,7 @@ mod tests {
             dtype: DType::F32,
             param_dtype: DType::F32,
             weight: true,
+            zero_centered_weight: false,
             bias: true,
             remove_mean: true,
             eps: 1e-5,

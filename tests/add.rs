@@ -3,8 +3,9 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_fused_layer_norm::ops::{self, Dropout};
+use candle_fused_layer_norm::{LayerNorm, RmsNorm, layer_norm_no_affine};
 use common::case::{Case, Dtypes, Kind, loss};
 use common::compare::{Values, assert_close, assert_same_bits, tolerance};
 use common::data::{normals, rng, round, rounded, tensor, values};
@@ -92,17 +93,31 @@ impl AddCase {
         &self,
         xs: &Tensor,
         residual: &Tensor,
-        weight: &Tensor,
+        weight: Option<&Tensor>,
         bias: Option<&Tensor>,
     ) -> candle_core::Result<(Tensor, Tensor)> {
         let eps = self.case.eps;
-        match (bias, self.dropout) {
-            (Some(bias), None) => ops::add_layer_norm(xs, residual, weight, bias, eps),
-            (Some(bias), Some(d)) => {
+        match (self.case.kind, weight, bias, self.dropout) {
+            (Kind::LayerNorm, Some(weight), Some(bias), None) => {
+                ops::add_layer_norm(xs, residual, weight, bias, eps)
+            }
+            (Kind::LayerNorm, Some(weight), Some(bias), Some(d)) => {
                 ops::dropout_add_layer_norm(xs, residual, weight, bias, eps, d)
             }
-            (None, None) => ops::add_rms_norm(xs, residual, weight, eps),
-            (None, Some(d)) => ops::dropout_add_rms_norm(xs, residual, weight, eps, d),
+            (Kind::RmsNorm, Some(weight), None, None) => {
+                ops::add_rms_norm(xs, residual, weight, eps)
+            }
+            (Kind::RmsNorm, Some(weight), None, Some(d)) => {
+                ops::dropout_add_rms_norm(xs, residual, weight, eps, d)
+            }
+            (kind, ..) => ops::add_normalize(
+                xs,
+                residual,
+                self.case.normalized_shape(),
+                (weight, bias),
+                &kind.config(eps),
+                self.dropout,
+            ),
         }
     }
 
@@ -115,11 +130,11 @@ impl AddCase {
         };
         let xs = track(self.case.xs(device)?, tracked.xs)?;
         let residual = track(self.like_xs(&self.residual, device)?, tracked.residual)?;
-        let weight = self.case.weight(device)?.expect("a kind with a weight");
-        let weight = track(weight, tracked.weight)?;
+        let weight = self.case.weight(device)?;
+        let weight = weight.map(|w| track(w, tracked.weight)).transpose()?;
         let bias = self.case.bias(device)?;
         let bias = bias.map(|b| track(b, tracked.bias)).transpose()?;
-        let (ys, sum) = self.apply(&xs, &residual, &weight, bias.as_ref())?;
+        let (ys, sum) = self.apply(&xs, &residual, weight.as_ref(), bias.as_ref())?;
         let of_ys = loss(&ys, &self.case.dy(device)?)?;
         let of_sum = loss(&sum, &self.like_xs(&self.dsum, device)?)?;
         let grads = match used {
@@ -132,7 +147,7 @@ impl AddCase {
         Ok(Outputs {
             dxs: of(&xs),
             dresidual: of(&residual),
-            dweight: of(&weight),
+            dweight: weight.as_ref().and_then(of),
             dbias: bias.as_ref().and_then(of),
             ys,
             sum,
@@ -229,7 +244,8 @@ impl AddCase {
         };
         let bias = tracked.bias && self.case.kind.has_bias();
         let (dweight, dbias) = (param(oracle.dweight()), param(oracle.dbias()));
-        check("dweight", &outputs.dweight, tracked.weight, &dweight);
+        let weight = tracked.weight && self.case.kind.has_weight();
+        check("dweight", &outputs.dweight, weight, &dweight);
         check("dbias", &outputs.dbias, bias, &dbias);
         Ok(())
     }
@@ -241,17 +257,20 @@ fn grid_equals_f64(dtypes: Dtypes) -> Result<()> {
         if shape.rows * shape.cols > 1 << 19 {
             continue;
         }
-        for kind in KINDS {
-            for dropout in [None, Some(DROPOUT)] {
-                let case = AddCase::random(kind, dtypes, &[shape.rows, shape.cols], 1, dropout);
-                for device in devices() {
-                    // candle's own ops launch nothing on CUDA for no elements, and fail at it.
-                    if device.is_cuda() && case.case.x.is_empty() {
-                        continue;
-                    }
-                    let outputs = case.run(device, Tracked::ALL, Used::Both)?;
-                    case.check(device, Tracked::ALL, Used::Both, &outputs)?;
+        for (kind, dropout) in [
+            (Kind::LayerNorm, None),
+            (Kind::RmsNorm, Some(DROPOUT)),
+            (Kind::NoAffine, Some(DROPOUT)),
+            (Kind::ZeroCentered, None),
+        ] {
+            let case = AddCase::random(kind, dtypes, &[shape.rows, shape.cols], 1, dropout);
+            for device in devices() {
+                // candle's own ops launch nothing on CUDA for no elements, and fail at it.
+                if device.is_cuda() && case.case.x.is_empty() {
+                    continue;
                 }
+                let outputs = case.run(device, Tracked::ALL, Used::Both)?;
+                case.check(device, Tracked::ALL, Used::Both, &outputs)?;
             }
         }
     }
@@ -304,7 +323,7 @@ fn nothing_tracked_gives_the_same() -> Result<()> {
                 let (ys, sum) = case.apply(
                     &case.case.xs(device)?,
                     &case.like_xs(&case.residual, device)?,
-                    &weight,
+                    Some(&weight),
                     case.case.bias(device)?.as_ref(),
                 )?;
                 assert!(!ys.track_op() && !sum.track_op());
@@ -367,7 +386,7 @@ fn offsets_and_strides() -> Result<()> {
                 (strided(&xs)?, residual.clone()),
                 (xs.clone(), strided(&residual)?),
             ] {
-                let (ys, sum) = case.apply(&xs, &residual, &weight, bias.as_ref())?;
+                let (ys, sum) = case.apply(&xs, &residual, Some(&weight), bias.as_ref())?;
                 assert_same_bits(&case.case, "sum", &sum, &plain.sum);
                 let oracle = Case {
                     x: values(&sum)?,
@@ -386,7 +405,7 @@ fn xs_may_be_the_residual() -> Result<()> {
         let case = AddCase::random(Kind::LayerNorm, Dtypes::F64, &[4, 16], 1, None);
         let xs = Var::from_tensor(&case.case.xs(device)?)?;
         let (weight, bias) = (case.case.weight(device)?.unwrap(), case.case.bias(device)?);
-        let (ys, sum) = case.apply(&xs, &xs, &weight, bias.as_ref())?;
+        let (ys, sum) = case.apply(&xs, &xs, Some(&weight), bias.as_ref())?;
         let dy = case.case.dy(device)?;
         let grads = (loss(&ys, &dy)? + loss(&sum, &dy)?)?.backward()?;
         let doubled = Case {
@@ -417,7 +436,7 @@ fn blocks_in_a_row_equal_add_and_norm() -> Result<()> {
             let (mut x, mut stream) = (xs.as_tensor().clone(), residual.as_tensor().clone());
             for _ in 0..4 {
                 let (y, sum) = if fused {
-                    case.apply(&x, &stream, &weight, Some(&bias))?
+                    case.apply(&x, &stream, Some(&weight), Some(&bias))?
                 } else {
                     let sum = (&stream + &x)?;
                     (ops::layer_norm(&sum, &weight, &bias, case.case.eps)?, sum)
@@ -450,7 +469,7 @@ fn one_graph_may_be_walked_again_and_by_several_threads() -> Result<()> {
         let residual = var(case.like_xs(&case.residual, device)?)?;
         let weight = var(case.case.weight(device)?.unwrap())?;
         let bias = var(case.case.bias(device)?.unwrap())?;
-        let (ys, sum) = case.apply(&xs, &residual, &weight, Some(&bias))?;
+        let (ys, sum) = case.apply(&xs, &residual, Some(&weight), Some(&bias))?;
         let dy = case.case.dy(device)?;
         let losses = [
             loss(&ys, &dy)?,
@@ -577,6 +596,58 @@ fn bad_arguments_say_what_was_expected() -> Result<()> {
                 "layer-norm: residual: expected device Cuda { gpu_id: 0 } (as xs), got Cpu"
             );
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn layers_add() -> Result<()> {
+    for device in devices() {
+        let xs = Tensor::randn(0f32, 1., (5, 16), device)?;
+        let residual = Tensor::randn(0f32, 1., (5, 16), device)?;
+        let weight = Tensor::randn(1f32, 0.2, 16, device)?;
+        let bias = Tensor::randn(0f32, 1., 16, device)?;
+        let same = |got: (Tensor, Tensor), want: (Tensor, Tensor)| {
+            assert_same_bits(&"a layer", "ys", &got.0, &want.0);
+            assert_same_bits(&"a layer", "sum", &got.1, &want.1);
+        };
+        let layer = LayerNorm::new(weight.clone(), bias.clone(), 1e-5);
+        same(
+            layer.forward_add(&xs, &residual)?,
+            ops::add_layer_norm(&xs, &residual, &weight, &bias, 1e-5)?,
+        );
+        same(
+            layer.forward_dropout_add(&xs, &residual, DROPOUT)?,
+            ops::dropout_add_layer_norm(&xs, &residual, &weight, &bias, 1e-5, DROPOUT)?,
+        );
+        let layer = RmsNorm::new(weight.clone(), 1e-5);
+        same(
+            layer.forward_add(&xs, &residual)?,
+            ops::add_rms_norm(&xs, &residual, &weight, 1e-5)?,
+        );
+        same(
+            layer.forward_dropout_add(&xs, &residual, DROPOUT)?,
+            ops::dropout_add_rms_norm(&xs, &residual, &weight, 1e-5, DROPOUT)?,
+        );
+        let layer = layer_norm_no_affine(16, 1e-5);
+        let (ys, sum) = layer.forward_add(&xs, &residual)?;
+        let want = layer.forward(&sum)?;
+        let difference = (ys - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(difference < 1e-6, "{difference}");
+    }
+    Ok(())
+}
+
+/// Of f32 from halves, nothing is rounded to halves between.
+#[test]
+fn layers_add_with_another_output_dtype() -> Result<()> {
+    for device in devices() {
+        let xs = Tensor::randn(0f32, 1., (5, 16), device)?.to_dtype(DType::BF16)?;
+        let weight = Tensor::randn(1f32, 0.2, 16, device)?;
+        let layer = LayerNorm::new_no_bias(weight, 1e-5).with_output_dtype(DType::F32);
+        let (ys, sum) = layer.forward_add(&xs, &xs)?;
+        assert_eq!((ys.dtype(), sum.dtype()), (DType::F32, DType::BF16));
+        assert_same_bits(&"a layer", "ys", &ys, &layer.forward(&sum)?);
     }
     Ok(())
 }

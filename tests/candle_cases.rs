@@ -13,21 +13,10 @@ use candle_nn::{
 };
 use common::case::{Case, Dtypes, Kind, Tracked, loss};
 use common::compare::{assert_close, assert_same_bits};
-use common::data::{bits, normals, rng, tensor, values};
+use common::data::{bits, named_vars, normals, rng, tensor, values};
 use common::devices::devices;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
-
-/// The variables by name, in the order of the names.
-fn named_vars(varmap: &VarMap) -> BTreeMap<String, Var> {
-    let data = varmap
-        .data()
-        .lock()
-        .expect("no test panics while it holds the map");
-    data.iter()
-        .map(|(name, var)| (name.clone(), var.clone()))
-        .collect()
-}
 
 /// Gives every matrix seeded values of standard deviation 1/sqrt(inputs): candle cannot seed its CPU generator.
 fn seed(varmap: &VarMap, seed: u64) -> Result<()> {

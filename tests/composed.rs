@@ -24,8 +24,8 @@ fn call(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
 ) -> candle_core::Result<Tensor> {
-    let (shape, remove_mean) = (case.normalized_shape(), case.kind.removes_mean());
-    composed::normalize(xs, shape, weight, bias, remove_mean, f64::from(case.eps))
+    let config = case.kind.config(case.eps);
+    composed::normalize(xs, case.normalized_shape(), weight, bias, &config)
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_fused_layer_norm::{LayerNorm, RmsNorm, composed, ops};
+use candle_fused_layer_norm::{LayerNorm, NormConfig, RmsNorm, composed, ops};
 use common::devices::{cuda_devices, devices};
 
 /// The arguments of a call. Each entry point takes those that it has.
@@ -56,6 +56,30 @@ const ENTRIES: &[Entry] = &[
         call: |a| ops::rms_norm(&a.xs, &a.weight, a.eps as f32),
     },
     Entry {
+        name: "ops::normalize with a zero-centred weight",
+        op: "layer-norm",
+        takes_weight: true,
+        takes_bias: true,
+        call: |a| {
+            let config = NormConfig {
+                zero_centered_weight: true,
+                ..a.eps.into()
+            };
+            let (weight, bias) = (Some(&a.weight), Some(&a.bias));
+            ops::normalize(&a.xs, a.weight.dims(), weight, bias, &config)
+        },
+    },
+    Entry {
+        name: "ops::normalize without a weight",
+        op: "rms-norm",
+        takes_weight: false,
+        takes_bias: false,
+        call: |a| {
+            let config = NormConfig::rms_norm(a.eps);
+            ops::normalize(&a.xs, a.weight.dims(), None, None, &config)
+        },
+    },
+    Entry {
         name: "LayerNorm::new",
         op: "layer-norm",
         takes_weight: true,
@@ -91,13 +115,20 @@ const ENTRIES: &[Entry] = &[
         call: |a| RmsNorm::new(a.weight.clone(), a.eps).forward_diff(&a.xs),
     },
     Entry {
+        name: "RmsNorm::new_zero_centered",
+        op: "rms-norm",
+        takes_weight: true,
+        takes_bias: false,
+        call: |a| RmsNorm::new_zero_centered(a.weight.clone(), a.eps).forward(&a.xs),
+    },
+    Entry {
         name: "composed::normalize",
         op: "layer-norm",
         takes_weight: true,
         takes_bias: true,
         call: |a| {
             let (weight, bias) = (Some(&a.weight), Some(&a.bias));
-            composed::normalize(&a.xs, a.weight.dims(), weight, bias, true, a.eps)
+            composed::normalize(&a.xs, a.weight.dims(), weight, bias, &a.eps.into())
         },
     },
     Entry {
@@ -105,7 +136,10 @@ const ENTRIES: &[Entry] = &[
         op: "rms-norm",
         takes_weight: false,
         takes_bias: false,
-        call: |a| composed::normalize(&a.xs, a.weight.dims(), None, None, false, a.eps),
+        call: |a| {
+            let config = NormConfig::rms_norm(a.eps);
+            composed::normalize(&a.xs, a.weight.dims(), None, None, &config)
+        },
     },
 ];
 
@@ -282,7 +316,7 @@ fn weight_that_is_not_of_the_normalized_shape() -> Result<()> {
     let Arguments {
         xs, weight, eps, ..
     } = good(&Device::Cpu)?;
-    let error = composed::normalize(&xs, &[3, 4], Some(&weight), None, true, eps)
+    let error = composed::normalize(&xs, (3, 4), Some(&weight), None, &eps.into())
         .expect_err("a weight of another shape than the normalized one")
         .to_string();
     let first = error.lines().next();

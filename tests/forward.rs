@@ -85,6 +85,12 @@ fn layers_give_the_bits_of_the_functions() -> Result<()> {
                     assert_same_bits(&case, "forward_diff", &layer.forward_diff(&xs)?, &y);
                     LayerNorm::rms_norm(weight, eps)
                 }
+                (Kind::ZeroCentered, Some(weight), bias) => {
+                    LayerNorm::from_config(weight, bias, kind.config(case.eps))
+                }
+                (Kind::ZeroCenteredRmsNorm, Some(weight), _) => {
+                    RmsNorm::new_zero_centered(weight, eps).into_inner()
+                }
                 // No layer is without a weight.
                 _ => continue,
             };

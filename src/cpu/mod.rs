@@ -21,6 +21,7 @@ use memory::{Fresh, zeroed};
 use rayon::prelude::*;
 use row::{Buffers, GradientRow, GradientScales, Moments, Param, RowStatistics, SEGMENT};
 use std::iter::zip;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -201,10 +202,13 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
         mean: &mut [MaybeUninit<T::Acc>],
         rstd: &mut [MaybeUninit<T::Acc>],
     ) {
-        // Half weights are converted once, where that is little beside the rows.
+        // Half weights are converted once, where that is little beside the rows. Weights about 0 are made ordinary ones.
         let Problem { rows, cols, .. } = *self.problem;
-        if size_of::<P>() < size_of::<T::Acc>() && rows >= 4 && cols <= WIDENED_COLUMNS {
-            let (weight, bias) = (self.weight.widened(), self.bias.widened());
+        let offset = weight_offset(self.problem);
+        let convert = size_of::<P>() < size_of::<T::Acc>() && rows >= 4 && cols <= WIDENED_COLUMNS;
+        if convert || self.problem.zero_centered_weight {
+            let weight = self.weight.widened(offset);
+            let bias = self.bias.widened(Acc::of_f64(0.));
             let pass = ForwardPass::<T, T::Acc> {
                 problem: self.problem,
                 x: self.x,
@@ -335,6 +339,11 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
     }
 }
 
+/// What is added to a weight before it multiplies.
+fn weight_offset<A: Acc>(problem: &Problem) -> A {
+    A::of_f64(f64::from(u8::from(problem.zero_centered_weight)))
+}
+
 fn keep<A>(
     stats: RowStatistics<A>,
     row: usize,
@@ -349,13 +358,15 @@ fn keep<A>(
     }
 }
 
-/// What one backward pass reads, in Rust types.
-pub(crate) struct BackwardPass<'a, T: Element, P: Element> {
+/// What one backward pass reads, in Rust types. `P` is the type of weight, dweight and dbias, `W` that of the weight as it is
+/// multiplied with.
+pub(crate) struct BackwardPass<'a, T: Element, P: Element, W: Element = P> {
     problem: &'a Problem,
     wanted: Wanted,
     x: &'a [T],
     dy: &'a [T],
-    weight: Param<'a, P>,
+    weight: Param<'a, W>,
+    dparams: PhantomData<P>,
     mean: Option<&'a [T::Acc]>,
     rstd: &'a [T::Acc],
 }
@@ -373,6 +384,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
             x: slice(problem, args.x)?,
             dy: slice(problem, args.dy)?,
             weight: Param::weight(weight),
+            dparams: PhantomData,
             mean: args.mean.map(|m| slice(problem, m)).transpose()?,
             rstd: slice(problem, args.rstd)?,
         })
@@ -380,6 +392,39 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
 
     /// Writes all of what is wanted; the others are empty.
     pub fn run(
+        &self,
+        dx: &mut [MaybeUninit<T>],
+        dweight: &mut [MaybeUninit<P>],
+        dbias: &mut [MaybeUninit<P>],
+    ) {
+        // Weights about 0 are made ordinary ones. Only dx depends on them.
+        if self.problem.zero_centered_weight && self.wanted.dx {
+            let weight = self.weight.widened(weight_offset(self.problem));
+            let pass = BackwardPass::<T, P, T::Acc> {
+                problem: self.problem,
+                wanted: self.wanted,
+                x: self.x,
+                dy: self.dy,
+                weight: Param::weight(weight.as_deref()),
+                dparams: PhantomData,
+                mean: self.mean,
+                rstd: self.rstd,
+            };
+            pass.divide(dx, dweight, dbias);
+        } else {
+            self.divide(dx, dweight, dbias);
+        }
+    }
+}
+
+impl<'a, T, P, W> BackwardPass<'a, T, P, W>
+where
+    T: Element,
+    P: Element<Acc = T::Acc>,
+    W: Element<Acc = T::Acc>,
+{
+    /// On one thread, by rows or by columns.
+    fn divide(
         &self,
         dx: &mut [MaybeUninit<T>],
         dweight: &mut [MaybeUninit<P>],

@@ -3,9 +3,11 @@
 //! Sums: running sums of vectors within a chunk, whose totals are added in f64 over a segment's chunks and then over a
 //! row's segments, in order. Whoever computes the segments, the result is the same.
 
+use super::SERIAL_ELEMENTS;
 use super::element::{Acc, CHUNK, Element, Sums};
 use super::simd::Isa;
 use crate::problem::Problem;
+use rayon::prelude::*;
 use std::iter::zip;
 use std::mem::MaybeUninit;
 
@@ -36,9 +38,15 @@ impl<'a, P: Element> Param<'a, P> {
         }
     }
 
-    /// The values in the accumulation type.
-    pub fn widened(self) -> Option<Vec<P::Acc>> {
-        Some(self.values?.iter().map(|value| value.widen()).collect())
+    /// The values in the accumulation type, with `offset` added there.
+    pub fn widened(self, offset: P::Acc) -> Option<Vec<P::Acc>> {
+        let widened = |value: &P| value.widen() + offset;
+        let values = self.values?;
+        Some(if values.len() <= SERIAL_ELEMENTS {
+            values.iter().map(widened).collect()
+        } else {
+            values.par_iter().map(widened).collect()
+        })
     }
 
     /// The same, with `column` as the first.

@@ -4,7 +4,7 @@ use super::compare::{Values, assert_close};
 use super::data::{normal, normals, rng, rounded, tensor};
 use super::oracle::{Arguments, Oracle};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_layer_norm::ops;
+use candle_fused_layer_norm::{NormConfig, ops};
 use rand::rngs::StdRng;
 use std::fmt;
 
@@ -15,21 +15,45 @@ pub enum Kind {
     NoBias,
     NoAffine,
     RmsNorm,
+    /// Weight and bias, multiplied by 1 + weight.
+    ZeroCentered,
+    /// Gemma's.
+    ZeroCenteredRmsNorm,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::LayerNorm, Self::NoBias, Self::NoAffine, Self::RmsNorm];
+    pub const ALL: [Self; 6] = [
+        Self::LayerNorm,
+        Self::NoBias,
+        Self::NoAffine,
+        Self::RmsNorm,
+        Self::ZeroCentered,
+        Self::ZeroCenteredRmsNorm,
+    ];
 
     pub fn has_weight(self) -> bool {
         self != Self::NoAffine
     }
 
     pub fn has_bias(self) -> bool {
-        self == Self::LayerNorm
+        matches!(self, Self::LayerNorm | Self::ZeroCentered)
     }
 
     pub fn removes_mean(self) -> bool {
-        self != Self::RmsNorm
+        !matches!(self, Self::RmsNorm | Self::ZeroCenteredRmsNorm)
+    }
+
+    pub fn has_zero_centered_weight(self) -> bool {
+        matches!(self, Self::ZeroCentered | Self::ZeroCenteredRmsNorm)
+    }
+
+    pub fn config(self, eps: f32) -> NormConfig {
+        NormConfig {
+            eps: f64::from(eps),
+            remove_mean: self.removes_mean(),
+            bias: self.has_bias(),
+            zero_centered_weight: self.has_zero_centered_weight(),
+        }
     }
 
     /// Calls the crate's function of this kind.
@@ -46,6 +70,9 @@ impl Kind {
             (Self::NoBias, Some(weight), None) => ops::layer_norm_no_bias(xs, weight, eps),
             (Self::NoAffine, None, None) => ops::layer_norm_no_affine(xs, normalized_shape, eps),
             (Self::RmsNorm, Some(weight), None) => ops::rms_norm(xs, weight, eps),
+            (Self::ZeroCentered, Some(_), Some(_)) | (Self::ZeroCenteredRmsNorm, Some(_), None) => {
+                ops::normalize(xs, normalized_shape, weight, bias, &self.config(eps))
+            }
             _ => panic!("{self:?} does not take these arguments"),
         }
     }
@@ -175,7 +202,13 @@ impl Case {
             .map(|index| x(&mut rng, index / cols))
             .collect();
         let dy = normals(&mut rng, elements);
-        let weight = (0..cols).map(|_| 0.8 + 0.5 * normal(&mut rng)).collect();
+        // 1 + weight of a half type has digits below it, which must not be lost.
+        let mean = if kind.has_zero_centered_weight() {
+            -0.2
+        } else {
+            0.8
+        };
+        let weight = (0..cols).map(|_| mean + 0.5 * normal(&mut rng)).collect();
         let bias = normals(&mut rng, cols);
         Self {
             kind,
@@ -217,6 +250,7 @@ impl Case {
             bias: self.bias.as_deref(),
             dy: &self.dy,
             remove_mean: self.kind.removes_mean(),
+            zero_centered_weight: self.kind.has_zero_centered_weight(),
             eps: f64::from(self.eps),
         }
     }

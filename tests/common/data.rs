@@ -2,9 +2,11 @@
 //!
 //! Values travel as f64 that the tested dtype holds exactly, so that the oracle sees what the op sees.
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::VarMap;
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::collections::BTreeMap;
 
 /// A generator whose values depend on `seed` alone.
 pub fn rng(seed: u64) -> StdRng {
@@ -88,6 +90,17 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
 /// The bits of all elements, after exact widening to f64.
 pub fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     Ok(values(tensor)?.into_iter().map(f64::to_bits).collect())
+}
+
+/// The variables by name, in the order of the names.
+pub fn named_vars(varmap: &VarMap) -> BTreeMap<String, Var> {
+    let data = varmap
+        .data()
+        .lock()
+        .expect("no test panics while it holds the map");
+    data.iter()
+        .map(|(name, var)| (name.clone(), var.clone()))
+        .collect()
 }
 
 fn widened<T: Copy + Into<f64>>(values: &[T]) -> Vec<f64> {

@@ -7,7 +7,7 @@
 //! dx      = (g - mean(g) - xhat * mean(g * xhat)) * rstd    means over the row
 //! dweight = sum(dy * xhat), dbias = sum(dy)                over the rows
 //! ```
-//! RMSNorm: both means of the first and third line are 0. `gradients.rs` holds the oracle itself against finite
+//! RMSNorm: both means of the first and third line are 0. A zero-centred weight: 1 + weight in its place. `gradients.rs` holds the oracle itself against finite
 //! differences.
 //!
 //! Beside each expected element stands its *scale*: the size of the terms that the element is computed from, which
@@ -29,6 +29,7 @@ pub struct Arguments<'a> {
     pub bias: Option<&'a [f64]>,
     pub dy: &'a [f64],
     pub remove_mean: bool,
+    pub zero_centered_weight: bool,
     pub eps: f64,
 }
 
@@ -199,7 +200,8 @@ impl<'a> Arguments<'a> {
     }
 
     fn weight(&self, col: usize) -> f64 {
-        self.weight.map_or(1., |weight| weight[col])
+        let offset = f64::from(u8::from(self.zero_centered_weight));
+        self.weight.map_or(1., |weight| offset + weight[col])
     }
 
     fn bias(&self, col: usize) -> f64 {
