@@ -193,7 +193,8 @@ fn subnormals_count() -> Result<()> {
                     for device in devices() {
                         let outputs = case.gradients(device)?;
                         assert!(some(&values(&outputs.y)?), "{case}: all y are 0");
-                        if eps < 1. {
+                        // In f64 the deviation, by which the oracle judges, vanishes as well.
+                        if eps < 1. && dtypes != Dtypes::F64 {
                             case.check(device, Tracked::ALL, &outputs);
                         }
                     }
