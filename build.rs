@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::{env, fs, io};
+use std::{env, fs};
 
 /// (name, C type, bytes)
 type Dtype = (&'static str, &'static str, u32);
@@ -149,11 +149,11 @@ fn find_nvcc() -> PathBuf {
         .unwrap_or_else(|| exe.into())
 }
 
-/// The toolkit's release, `13.0` say; fails where there is none.
+/// The toolkit's release, `13.0` say; fails where there is none that serves.
 fn toolkit_version(nvcc: &Path) -> Result<String, String> {
-    let missing = |e: io::Error| {
+    let unfit = |why: String| {
         format!(
-            "feature `cuda` needs nvcc of a CUDA toolkit 12.0 or later, but `{}` cannot be run ({e}); put nvcc on PATH or set \
+            "feature `cuda` needs nvcc of a CUDA toolkit 12.0 or later, but `{}{why}; put nvcc on PATH or set \
              CUDA_HOME or NVCC. The README says how to install a toolkit from PyPI wheels. Without the feature, no toolkit is needed.",
             nvcc.display()
         )
@@ -161,18 +161,21 @@ fn toolkit_version(nvcc: &Path) -> Result<String, String> {
     let output = Command::new(nvcc)
         .arg("--version")
         .output()
-        .map_err(missing)?;
+        .map_err(|e| unfit(format!("` cannot be run ({e})")))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    text.split("release ")
+    let release = text
+        .split("release ")
         .nth(1)
-        .and_then(|rest| rest.split(',').next())
-        .map(str::to_owned)
-        .ok_or_else(|| {
-            format!(
-                "`{} --version` does not name a release: {text}",
-                nvcc.display()
-            )
-        })
+        .and_then(|rest| rest.split(',').next());
+    let major = release.and_then(|release| release.split('.').next()?.parse::<u32>().ok());
+    match (release, major) {
+        (Some(release), Some(12..)) => Ok(release.to_owned()),
+        (Some(release), Some(_)) => Err(unfit(format!("` is of release {release}"))),
+        _ => Err(unfit(format!(
+            " --version` does not name a release: `{}`",
+            text.trim()
+        ))),
+    }
 }
 
 /// Both bases, or the one that CUDA_COMPUTE_CAP asks for.

@@ -6,7 +6,7 @@
 //!
 //! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> one launch (two for rows longer than
 //! the resident blocks hold), and one that adds partial dweight and dbias -> tensors.
-#![warn(missing_docs)]
+#![deny(missing_docs)]
 #![deny(unsafe_code)]
 
 mod add;

@@ -11,9 +11,25 @@
 //!
 //! Statistics and sums are f32, f64 for f64. The variance is biased and computed in two passes about the mean.
 //!
+//! # Special values
+//! Each row is on its own: what is in one shows in no other row of the result, nor of the gradient of `xs`. Gradients of
+//! `weight` and `bias` are sums over rows, and take what is in any of them.
+//!
+//! | in a row of `xs` | that row of the result |
+//! |---|---|
+//! | a NaN | NaN |
+//! | an infinity | NaN; of RMSNorm, NaN in its place and `bias` or 0 in the others |
+//! | all elements the same | `bias`, exactly, if `eps` is not 0; of RMSNorm, what the formula gives |
+//! | subnormal elements | what the formula gives: they are not taken for 0 |
+//! | deviations beyond 1e19 (f32, bf16), whose squares overflow f32 | `bias` or 0, and no gradient, as in PyTorch; f64 has them |
+//! | `eps` of 0 and no deviation, or none whose square f32 holds (below 1e-22) | NaN or infinities, as in PyTorch |
+//!
+//! A result or a gradient that its dtype cannot hold is an infinity: beyond 65504 for f16.
+//!
 //! # Errors
 //! A wrong shape, an unsupported dtype, tensors on several devices, or an `eps` that is negative or not finite: the
-//! message names the op, the argument, what was expected and what was given.
+//! message names the op, the argument, what was expected and what was given. Nothing panics, but memory that cannot be had ends
+//! the process, as everywhere in Rust.
 
 pub use crate::dropout::Dropout;
 use crate::{

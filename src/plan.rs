@@ -1702,6 +1702,62 @@ mod tests {
     }
 
     #[test]
+    fn the_widest_row_and_more_than_2_to_the_32_elements_are_planned() {
+        let widest = i32::MAX as usize;
+        for device in DEVICES {
+            for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+                for (rows, cols) in [
+                    (1, widest),
+                    (1, widest - 7),
+                    (5, widest),
+                    ((1 << 32) + 1, 1),
+                    (1 << 31, 3),
+                    ((1 << 22) + 1, 1024),
+                    ((1 << 20) + 1, 4097),
+                    (65537, 65536),
+                    (4097, 1 << 20),
+                ] {
+                    let p = problem(rows, cols, dtype);
+                    for access in accesses(&p) {
+                        let forward = planner(&p, access, &device, 1);
+                        let (kernel, choice) = forward.default().unwrap();
+                        if !too_many_to_split(kernel, rows) {
+                            check_forward(&p, access, &device, kernel, &choice);
+                        }
+                        let backward = planner(&p, access, &device, 2);
+                        let (kernel, choice) = backward.default().unwrap();
+                        if !too_many_to_split(kernel, rows) {
+                            check_backward(&p, access, &device, kernel, &choice);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A limit: rows that only `split` takes are planned to 65535 groups of them, the most that a grid's second axis has.
+    fn too_many_to_split(kernel: &Kernel, rows: usize) -> bool {
+        kernel.regime == Regime::Split && rows > 65535 * SPLIT_ROWS
+    }
+
+    #[test]
+    fn more_rows_than_split_takes_are_refused() {
+        let p = problem((1 << 22) + 1, 1 << 23, DType::F32);
+        for error in [
+            forward(&p, Access::Wide, &H200, None).unwrap_err(),
+            backward(&p, Access::Wide, &H200, None).unwrap_err(),
+        ] {
+            let error = error.to_string();
+            assert!(
+                error.starts_with(
+                    "layer-norm: xs: expected no more than 2^31 - 1 blocks of work, got "
+                ),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn columns_beyond_32_bits_are_refused() {
         let p = problem(1, 1 << 31, DType::BF16);
         let error = forward(&p, Access::Wide, &H200, None)

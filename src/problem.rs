@@ -99,6 +99,20 @@ impl Problem {
                 )
             }
         }
+        // Of dims that are not zero: beside a zero the product is none, and yet rows or cols may overflow.
+        let size = xs.dims().iter().filter(|&&dim| dim > 0);
+        if size
+            .copied()
+            .try_fold(xs.dtype().size_in_bytes(), usize::checked_mul)
+            .is_none_or(|bytes| isize::try_from(bytes).is_err())
+        {
+            bail!(
+                "{op}: xs: expected a tensor of at most {} bytes, got {} of shape {:?}",
+                isize::MAX,
+                xs.dtype().as_str(),
+                xs.dims()
+            )
+        }
         Ok(Self {
             rows: batch_dims.iter().product(),
             cols: normalized_shape.iter().product(),

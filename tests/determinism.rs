@@ -8,6 +8,7 @@ use candle_core::Device;
 use common::case::{Case, Dtypes, Kind, Outputs};
 use common::compare::assert_same_bits;
 use common::devices::devices;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Shapes for each way of dividing the work: serial, blocks of rows (one uneven), segments of few wide rows, more rows
 /// than a grid's second axis has, and both sides of where the CPU changes from rows to columns, by the number of rows, by
@@ -117,6 +118,61 @@ fn the_same_bits_beside_other_work() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A hundred times, forward and backward, while other threads keep the device, the cores and the pool busy.
+#[test]
+fn the_same_bits_a_hundred_times_under_load() -> Result<()> {
+    const REPETITIONS: usize = 100;
+    // Each way of dividing the work, in sizes that leave time for a hundred.
+    const SHAPES: [[usize; 2]; 6] = [
+        [5, 33],
+        [255, 1024],
+        [521, 200],
+        [4099, 32],
+        [7, 33001],
+        [2, 65536],
+    ];
+    for device in devices() {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| -> Result<()> {
+            for load in 0..3 {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let shape = [[64, 1000], [3, 20000], [2000, 40]][load];
+                    let case = Case::random(Kind::LayerNorm, Dtypes::F32, &shape, 1);
+                    while !stop.load(Ordering::Relaxed) {
+                        case.gradients(device).expect("a call beside others");
+                    }
+                });
+            }
+            // The load ends with this, whichever way.
+            let _stop = StopOnDrop(&stop);
+            for shape in SHAPES {
+                for (kind, dtypes) in [
+                    (Kind::LayerNorm, Dtypes::F32),
+                    (Kind::LayerNorm, Dtypes::F16_F32),
+                    (Kind::RmsNorm, Dtypes::BF16),
+                ] {
+                    let case = Case::random(kind, dtypes, &shape, 1);
+                    let first = case.gradients(device)?;
+                    for _ in 1..REPETITIONS {
+                        assert_same(&case, &case.gradients(device)?, &first);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What is tracked decides what is kept and what is computed, not the values.

@@ -3,7 +3,8 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_layer_norm::ops;
 use common::case::{Case, Dtypes, Kind, loss};
 use common::compare::assert_close;
 use common::devices::{cuda_devices, devices};
@@ -67,5 +68,48 @@ fn more_than_2_to_the_31_elements_on_cuda() -> Result<()> {
     for device in cuda_devices() {
         repeats(device, times)?;
     }
+    Ok(())
+}
+
+#[test]
+#[ignore = "on the CPU, and needs about 17 GiB of memory; a minute on two cores"]
+fn more_than_2_to_the_32_elements_on_the_cpu() -> Result<()> {
+    let times = (1usize << 32) / (PATTERN_ROWS * COLS) + 1;
+    let case = Case::random(Kind::LayerNorm, Dtypes::BF16_F32, &[PATTERN_ROWS, COLS], 1);
+    let want = case.oracle().y();
+    let (weight, bias) = (case.weight(&Device::Cpu)?, case.bias(&Device::Cpu)?);
+    // Forward alone: backward has three such tensors more.
+    let xs = case.xs(&Device::Cpu)?.repeat((times, 1))?;
+    let y = case.apply(&xs, weight.as_ref(), bias.as_ref())?;
+    for at in [0, times / 2, times - 2, times - 1] {
+        let rows = y.narrow(0, at * PATTERN_ROWS, PATTERN_ROWS)?;
+        assert_close(&format!("{case}, repeat {at}"), "y", &rows, &want);
+    }
+    Ok(())
+}
+
+/// A row of more than 2^31 columns: on the CPU there is no limit. All elements are 1 but the last, so that y is known.
+#[test]
+#[ignore = "on the CPU, and needs about 17 GiB of memory; half a minute on two cores"]
+fn a_row_of_more_than_2_to_the_31_columns_on_the_cpu() -> Result<()> {
+    let cols = (1usize << 31) + 3;
+    let device = &Device::Cpu;
+    let ones = Tensor::ones(cols - 1, DType::BF16, device)?;
+    let last = Tensor::full(2f32, 1, device)?.to_dtype(DType::BF16)?;
+    let xs = Tensor::cat(&[ones, last], 0)?;
+    let y = ops::layer_norm_no_affine(&xs, cols, 0.)?;
+    let at = |index| -> Result<f32> {
+        Ok(y.narrow(0, index, 1)?
+            .to_dtype(DType::F32)?
+            .to_vec1::<f32>()?[0])
+    };
+    // xhat of the last one is sqrt(cols - 1), of the others its inverse.
+    let root = ((cols - 1) as f32).sqrt();
+    for index in [0, cols / 2, cols - 2] {
+        let got = at(index)?;
+        assert!((got * root + 1.).abs() < 0.01, "y[{index}]: {got}");
+    }
+    let got = at(cols - 1)?;
+    assert!((got / root - 1.).abs() < 0.01, "the last y: {got}");
     Ok(())
 }

@@ -66,7 +66,12 @@ impl Sum {
     }
 
     fn value(self) -> f64 {
-        self.total + self.lost
+        // What an infinity loses is NaN.
+        if self.total.is_finite() {
+            self.total + self.lost
+        } else {
+            self.total
+        }
     }
 }
 
@@ -182,6 +187,18 @@ impl<'a> Oracle<'a> {
     fn xhat(&self, row: usize, col: usize) -> f64 {
         let RowStatistics { mean, rstd, .. } = self.statistics[row];
         (self.arguments.row(self.arguments.x, row)[col] - mean) * rstd
+    }
+
+    /// Rows with a deviation whose square is above `largest` lose it to an infinite variance: their rstd is 0.
+    pub fn overflowing(mut self, largest: f64) -> Self {
+        let Arguments { x, .. } = self.arguments;
+        for (row, statistics) in self.statistics.iter_mut().enumerate() {
+            let x = self.arguments.row(x, row);
+            if x.iter().any(|x| (x - statistics.mean).powi(2) > largest) {
+                statistics.rstd = 0.;
+            }
+        }
+        self
     }
 
     /// What rounding the mean costs, in units of xhat.
