@@ -280,10 +280,7 @@ fn run(
         .into_iter()
         .flatten()
         .any(Tensor::track_op);
-    // The CUDA kernels read the weight as it is.
-    let no_kernel =
-        xs.device().is_metal() || (xs.device().is_cuda() && problem.zero_centered_weight);
-    if no_kernel || (tracked && second_order()) {
+    if xs.device().is_metal() || (tracked && second_order()) {
         return crate::composed::run(&problem, xs, weight, bias);
     }
     // The kernels read dense rows. A view that is dense but starts somewhere inside its storage is not copied.

@@ -517,15 +517,15 @@ fn dropped_graphs_are_freed() -> Result<()> {
     let var = |shape: &[usize]| Var::ones(shape, DType::F32, &Device::Cpu);
     let (xs, weight, bias) = (var(&[256, 1024])?, var(&[1024])?, var(&[1024])?);
     let before = resident()?;
-    for step in 0..400 {
+    for step in 0..1200 {
         let (ys, sum) = ops::add_layer_norm(&xs, &xs, &weight, &bias, 1e-5)?;
         if step % 2 == 0 {
             (ys + sum)?.sum_all()?.backward()?;
         }
     }
-    // Three megabytes a step.
+    // A leak would be more than a megabyte a step; the other tests take some meanwhile.
     let growth = resident()?.saturating_sub(before);
-    assert!(growth < 200 << 20, "{} MB more", growth >> 20);
+    assert!(growth < 800 << 20, "{} MB more", growth >> 20);
     Ok(())
 }
 
