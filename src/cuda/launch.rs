@@ -5,8 +5,11 @@ use crate::plan::Launch;
 use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
-use cudarc::driver::{CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
+use cudarc::driver::{
+    CudaFunction, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys,
+};
 use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
 
 /// Blocks of a cluster that every device with clusters takes.
 const PORTABLE_CLUSTER: u32 = 8;
@@ -40,6 +43,22 @@ fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
         attributes.push(a);
     }
     attributes
+}
+
+/// Lets blocks of `function` have so many bytes of dynamic shared memory. Without asking, a block has 48 KiB, of which its static
+/// shared memory takes a part.
+///
+/// The limit is the function's, not the launch's: it is only ever raised, or a thread would lower it between another's asking
+/// and its launch.
+fn allow_shared(function: &CudaFunction, bytes: i32) -> Result<()> {
+    const LIMIT: sys::CUfunction_attribute =
+        sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    static RAISING: Mutex<()> = Mutex::new(());
+    let _raising = RAISING.lock().unwrap_or_else(PoisonError::into_inner);
+    if function.get_attribute(LIMIT).w()? < bytes {
+        function.set_attribute(LIMIT, bytes).w()?;
+    }
+    Ok(())
 }
 
 /// A kernel's arguments, in its order: outputs, inputs, scalars.
@@ -131,12 +150,8 @@ impl<'a> Arguments<'a> {
         let dtypes = (problem.dtype, problem.param_dtype);
         let function = ptx::function(op, device, base, launch.file, dtypes, launch.entry)?;
         use sys::CUfunction_attribute as F;
-        // Without asking, a block has 48 KiB, of which its static shared memory takes a part.
         if launch.shared > 0 {
-            let attribute = F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function
-                .set_attribute(attribute, launch.shared as i32)
-                .w()?;
+            allow_shared(&function, launch.shared as i32)?;
         }
         if launch.cluster > PORTABLE_CLUSTER {
             let attribute = F::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
