@@ -6,6 +6,8 @@
 //!
 //! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> one launch (two for rows longer than
 //! the resident blocks hold), and one that adds partial dweight and dbias -> tensors.
+//!
+//! The norm of a residual sum has two outputs, and candle's ops one: `add` says of which nodes it is made.
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
