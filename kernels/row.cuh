@@ -11,7 +11,6 @@
 #define BACKWARD_ADD_ARGUMENTS                                                                                         \
   , X *__restrict__ dresidual /* [rows, cols] */, const X *__restrict__ dsum /* [rows, cols] */, DROPOUT_ARGUMENTS
 #define BACKWARD_ADD_PASS , BackwardAdd{dresidual, dsum, DROPOUT}
-constexpr bool kAdds = true;
 struct ForwardAdd {
   X* sum;
   const X* residual;
@@ -27,11 +26,8 @@ struct BackwardAdd {
 #define FORWARD_ADD_PASS , {}
 #define BACKWARD_ADD_ARGUMENTS
 #define BACKWARD_ADD_PASS , {}
-constexpr bool kAdds = false;
 struct ForwardAdd {};
-struct BackwardAdd {
-  static constexpr X* dresidual = nullptr;
-};
+struct BackwardAdd {};
 #endif
 
 // What every kernel of a pass takes, but those of split.cu, and what it passes on.

@@ -139,17 +139,15 @@ impl LayerNorm {
             self.weight.shape(),
             (Some(&self.weight), self.bias.as_ref()),
         );
-        let (ys, sum) = ops::add_normalize(xs, residual, shape, params, &self.config, dropout)?;
-        match self.output_dtype {
-            // ys as it is would be rounded to the dtype of xs before.
-            Some(dtype) if dtype != xs.dtype() => {
-                let (weight, bias) = params;
-                let config = &self.config;
-                let ys = ops::normalize_to_dtype(&sum, shape, weight, bias, config, dtype)?;
-                Ok((ys, sum))
-            }
-            _ => Ok((ys, sum)),
-        }
+        add(
+            xs,
+            residual,
+            shape,
+            params,
+            &self.config,
+            self.output_dtype,
+            dropout,
+        )
     }
 }
 
@@ -158,6 +156,28 @@ impl Module for LayerNorm {
         let (weight, bias) = (Some(&self.weight), self.bias.as_ref());
         let dtype = self.output_dtype.unwrap_or(xs.dtype());
         ops::normalize_to_dtype(xs, self.weight.shape(), weight, bias, &self.config, dtype)
+    }
+}
+
+/// What `forward_add` and `forward_dropout_add` of the layers do.
+fn add(
+    xs: &Tensor,
+    residual: &Tensor,
+    shape: &Shape,
+    params: (Option<&Tensor>, Option<&Tensor>),
+    config: &NormConfig,
+    output_dtype: Option<DType>,
+    dropout: Option<Dropout>,
+) -> Result<(Tensor, Tensor)> {
+    let (ys, sum) = ops::add_normalize(xs, residual, shape, params, config, dropout)?;
+    match output_dtype {
+        // ys as it is would be rounded to the dtype of xs before.
+        Some(dtype) if dtype != xs.dtype() => {
+            let (weight, bias) = params;
+            let ys = ops::normalize_to_dtype(&sum, shape, weight, bias, config, dtype)?;
+            Ok((ys, sum))
+        }
+        _ => Ok((ys, sum)),
     }
 }
 
@@ -368,17 +388,15 @@ impl LayerNormNoAffine {
         dropout: Option<Dropout>,
     ) -> Result<(Tensor, Tensor)> {
         let (shape, params) = (&self.normalized_shape, (None, None));
-        let (ys, sum) = ops::add_normalize(xs, residual, shape, params, &self.config, dropout)?;
-        match self.output_dtype {
-            // ys as it is would be rounded to the dtype of xs before.
-            Some(dtype) if dtype != xs.dtype() => {
-                let (weight, bias) = params;
-                let config = &self.config;
-                let ys = ops::normalize_to_dtype(&sum, shape, weight, bias, config, dtype)?;
-                Ok((ys, sum))
-            }
-            _ => Ok((ys, sum)),
-        }
+        add(
+            xs,
+            residual,
+            shape,
+            params,
+            &self.config,
+            self.output_dtype,
+            dropout,
+        )
     }
 }
 

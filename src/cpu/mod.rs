@@ -204,7 +204,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
     ) {
         // Half weights are converted once, where that is little beside the rows. Weights about 0 are made ordinary ones.
         let Problem { rows, cols, .. } = *self.problem;
-        let offset = weight_offset(self.problem);
+        let offset = Acc::of_f64(self.problem.weight_offset());
         let convert = size_of::<P>() < size_of::<T::Acc>() && rows >= 4 && cols <= WIDENED_COLUMNS;
         if convert || self.problem.zero_centered_weight {
             let weight = self.weight.widened(offset);
@@ -339,11 +339,6 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
     }
 }
 
-/// What is added to a weight before it multiplies.
-fn weight_offset<A: Acc>(problem: &Problem) -> A {
-    A::of_f64(f64::from(u8::from(problem.zero_centered_weight)))
-}
-
 fn keep<A>(
     stats: RowStatistics<A>,
     row: usize,
@@ -399,7 +394,9 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
     ) {
         // Weights about 0 are made ordinary ones. Only dx depends on them.
         if self.problem.zero_centered_weight && self.wanted.dx {
-            let weight = self.weight.widened(weight_offset(self.problem));
+            let weight = self
+                .weight
+                .widened(Acc::of_f64(self.problem.weight_offset()));
             let pass = BackwardPass::<T, P, T::Acc> {
                 problem: self.problem,
                 wanted: self.wanted,
