@@ -13,6 +13,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_layer_norm::ops;
 use common::case::{Case, Dtypes, Kind, Tracked};
 use common::compare::assert_close;
 use common::data::{normal, rounded};
@@ -462,4 +463,29 @@ fn any_call_equals_f64() {
     if let Err(error) = checked {
         panic!("{error}");
     }
+}
+
+/// Found by fuzzing: an empty view's start may lie behind the end of its storage.
+#[test]
+fn empty_view_behind_its_storage() -> Result<()> {
+    let empty = |dims: &[usize]| Var::zeros(dims, DType::F32, &Device::Cpu);
+    let (xs, residual) = (empty(&[0, 4])?, empty(&[0, 4])?);
+    let (weight, bias) = (empty(&[2])?, empty(&[2])?);
+    let narrowed = |var: &Var| var.narrow(1, 1, 2);
+    let ys = ops::layer_norm(&narrowed(&xs)?, &weight, &bias, 1e-5)?;
+    let (zs, sum) = ops::add_layer_norm(
+        &narrowed(&xs)?,
+        &narrowed(&residual)?,
+        &weight,
+        &bias,
+        1e-5,
+    )?;
+    let grads = ((ys + zs)?.sum_all()? + sum.sum_all()?)?.backward()?;
+    for (var, dims) in [(&xs, [0, 4].as_slice()), (&weight, &[2]), (&bias, &[2])] {
+        let Some(gradient) = grads.get(var) else {
+            anyhow::bail!("no gradient of the variable of shape {dims:?}")
+        };
+        assert_eq!(gradient.dims(), dims);
+    }
+    Ok(())
 }

@@ -4,7 +4,8 @@
 
 use arbitrary::{Arbitrary, Result as Drawn, Unstructured};
 use candle_core::{DType, Device, Module, Result, Shape, Tensor, Var};
-use candle_fused_layer_norm::{LayerNorm, RmsNorm, composed, layer_norm, ops};
+use candle_fused_layer_norm::ops::Dropout;
+use candle_fused_layer_norm::{LayerNorm, NormConfig, RmsNorm, composed, layer_norm, ops};
 use candle_nn::{LayerNormConfig, VarBuilder};
 use libfuzzer_sys::fuzz_target;
 use std::collections::HashMap;
@@ -20,8 +21,67 @@ enum Entry {
     RmsNorm,
     LayerNormLayer,
     RmsNormLayer,
-    Checkpoint { affine: bool, remove_mean: bool },
-    Composed { remove_mean: bool },
+    Checkpoint {
+        affine: bool,
+        remove_mean: bool,
+    },
+    Normalize(Config),
+    ToDtype(Config, OutputDtype),
+    /// `dy` is the residual too, as far as it fits.
+    Add {
+        config: Config,
+        dropout: Option<(f32, u64)>,
+        fitting: bool,
+    },
+    Composed(Config),
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug, PartialEq)]
+struct Config {
+    weight: bool,
+    bias: bool,
+    remove_mean: bool,
+    zero_centered_weight: bool,
+}
+
+impl Config {
+    fn of(self, eps: f64) -> NormConfig {
+        NormConfig {
+            eps,
+            remove_mean: self.remove_mean,
+            bias: self.bias,
+            zero_centered_weight: self.zero_centered_weight,
+        }
+    }
+
+    fn params<'a>(
+        self,
+        weight: &'a Tensor,
+        bias: &'a Tensor,
+    ) -> (Option<&'a Tensor>, Option<&'a Tensor>) {
+        (self.weight.then_some(weight), self.bias.then_some(bias))
+    }
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug, PartialEq)]
+enum OutputDtype {
+    F32,
+    F64,
+    F16,
+    BF16,
+    I64,
+}
+
+impl From<OutputDtype> for DType {
+    fn from(dtype: OutputDtype) -> Self {
+        match dtype {
+            OutputDtype::F32 => DType::F32,
+            OutputDtype::F64 => DType::F64,
+            OutputDtype::F16 => DType::F16,
+            OutputDtype::BF16 => DType::BF16,
+            OutputDtype::I64 => DType::I64,
+        }
+    }
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -198,13 +258,19 @@ fn operand(operand: &Operand, dims: &[usize], dtype: DType) -> Result<(Tensor, O
     Ok((seen, var))
 }
 
-fn apply(call: &Call, xs: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+/// The result, and the sum with a residual where there is one.
+fn apply(
+    call: &Call,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+) -> Result<(Tensor, Option<Tensor>)> {
     let eps = match call.eps {
         Eps::Usual => 1e-5,
         Eps::Zero => 0.,
         Eps::Any(eps) => eps,
     };
-    match call.entry {
+    let ys = match call.entry {
         Entry::LayerNorm => ops::layer_norm(xs, weight, bias, eps as f32),
         Entry::NoBias => ops::layer_norm_no_bias(xs, weight, eps as f32),
         Entry::NoAffine => ops::layer_norm_no_affine(xs, weight.shape(), eps as f32),
@@ -228,15 +294,39 @@ fn apply(call: &Call, xs: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Ten
             let size = Shape::from(trailing(xs, call.normalized_dims));
             layer_norm(size, config, vb)?.forward(xs)
         }
-        Entry::Composed { remove_mean } => composed::normalize(
-            xs,
-            weight.dims(),
-            Some(weight),
-            Some(bias),
-            remove_mean,
-            eps,
-        ),
-    }
+        Entry::Normalize(config) => {
+            let (weight, bias) = config.params(weight, bias);
+            let shape = trailing(xs, call.normalized_dims);
+            ops::normalize(xs, shape, weight, bias, &config.of(eps))
+        }
+        Entry::ToDtype(config, dtype) => {
+            let (weight, bias) = config.params(weight, bias);
+            let shape = trailing(xs, call.normalized_dims);
+            ops::normalize_to_dtype(xs, shape, weight, bias, &config.of(eps), dtype.into())
+        }
+        Entry::Add {
+            config,
+            dropout,
+            fitting,
+        } => {
+            let residual = match fitting {
+                true => operand(&call.dy, xs.dims(), xs.dtype())?.0,
+                false => operand(&call.dy, &call.dy.dims, call.dy.dtype)?.0,
+            };
+            let shape = trailing(xs, call.normalized_dims);
+            let params = config.params(weight, bias);
+            let dropout = dropout.map(|(probability, seed)| Dropout { probability, seed });
+            let (ys, sum) =
+                ops::add_normalize(xs, &residual, shape, params, &config.of(eps), dropout)?;
+            return Ok((ys, Some(sum)));
+        }
+        Entry::Composed(config) => {
+            let shape = trailing(xs, call.normalized_dims);
+            let (weight, bias) = config.params(weight, bias);
+            composed::normalize(xs, shape, weight, bias, &config.of(eps))
+        }
+    };
+    Ok((ys?, None))
 }
 
 fn trailing(xs: &Tensor, dims: u8) -> &[usize] {
@@ -272,14 +362,21 @@ fn run(call: &Call) {
     let Ok([(xs, xs_var), (weight, weight_var), (bias, bias_var)]) = operands(call) else {
         return;
     };
-    let ys = match apply(call, &xs, &weight, &bias) {
-        Ok(ys) => ys,
+    let (ys, sum) = match apply(call, &xs, &weight, &bias) {
+        Ok(results) => results,
         Err(error) => {
             assert!(!error.to_string().is_empty());
             return;
         }
     };
-    assert_eq!((ys.shape(), ys.dtype()), (xs.shape(), xs.dtype()));
+    let dtype = match call.entry {
+        Entry::ToDtype(_, dtype) => dtype.into(),
+        _ => xs.dtype(),
+    };
+    assert_eq!((ys.shape(), ys.dtype()), (xs.shape(), dtype));
+    if let Some(sum) = &sum {
+        assert_eq!((sum.shape(), sum.dtype()), (xs.shape(), xs.dtype()));
+    }
     if !ys.track_op() {
         return;
     }
@@ -290,6 +387,11 @@ fn run(call: &Call) {
     let Ok((ys, dy)) = seen else { return };
     let grads = (ys * dy)
         .and_then(|product| product.sum_all())
+        .and_then(|loss| match sum {
+            // Two gradients arrive.
+            Some(sum) => loss + sum.sum_all()?,
+            None => Ok(loss),
+        })
         .and_then(|loss| loss.backward())
         .expect("a result that is tracked has gradients");
     for (tensor, var) in [(&xs, xs_var), (&weight, weight_var), (&bias, bias_var)] {

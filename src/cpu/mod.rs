@@ -102,6 +102,8 @@ pub(crate) fn backward(
 /// The elements of a dense operand.
 fn slice<'a, T: Element>(problem: &Problem, (storage, layout): Operand<'a>) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
+        // An empty view may start behind its storage's end.
+        Some((start, end)) if start == end => Ok(&storage.as_slice::<T>()?[..0]),
         Some((start, end)) => Ok(&storage.as_slice::<T>()?[start..end]),
         None => bail!(
             "{}: expected a contiguous operand, got strides {:?} for shape {:?}",

@@ -87,6 +87,8 @@ fn view<'a, T: Element>(
     (storage, layout): Operand<'a>,
 ) -> Result<CudaView<'a, T>> {
     match layout.contiguous_offsets() {
+        // An empty view may start behind its storage's end.
+        Some((start, end)) if start == end => Ok(storage.as_cuda_slice::<T>()?.slice(..0)),
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
         None => bail!(
             "{}: expected a contiguous operand, got strides {:?} for shape {:?}",
