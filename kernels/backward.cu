@@ -19,6 +19,7 @@ constexpr int kThreads = 256;
 template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_TAKES) {
   constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
   extern __shared__ __align__(16) unsigned char shared[];
+  launch_next();
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
   const int t = lane % kLanes, per_warp = kWarp / kLanes;
   const int64_t stride = int64_t(gridDim.x) * warps * per_warp;
@@ -37,7 +38,6 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     valid[k] = frame.column(k * kLanes + t) < cols;
-    own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, frame.vectors(cols)));
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -67,6 +67,8 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
     copy_async_commit();
   };
   for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
+#pragma unroll
+  for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, frame.vectors(cols)));
   int64_t row_ahead = own_first;
   Acc mean_ahead = 0, rstd_ahead = 0;
   const auto prefetch_statistics = [&](int it) {

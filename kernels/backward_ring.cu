@@ -29,6 +29,8 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ MailBox<kSets, Scales> boxes[kMaxTeams];
 
+  // Blocks that wait for each other in global memory share the device with nothing.
+  if constexpr (kOwner != Owner::Grid) launch_next();
   // A row's owner is a team of a block's warps, one of `teams`, or one or more blocks. All lanes know the same.
   const int lane = threadIdx.x % kWarp, block_warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0);
   const int team_warps = blockDim.x / kWarp / teams, warps = team_warps - kComm;

@@ -116,6 +116,33 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
   return r;
 }
 
+// The same without a branch, so that vectors that may not be valid are in one basic block, where their loads overlap.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid) {
+  Vec<T, kVec> r;
+  if constexpr (sizeof(r) >= 16) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(r) / 16); i++) {
+      uint4& u = reinterpret_cast<uint4*>(&r)[i];
+      asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                   " @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                   : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(reinterpret_cast<const uint4*>(p) + i), "r"(uint32_t(valid)));
+    }
+    return r;
+  } else {
+    return load_vec<T, kVec>(p, valid);
+  }
+}
+// The same of memory that is read again: each call loads, and L2 keeps it as the policy says.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid, uint64_t policy) {
+  Vec<T, kVec> r;
+  static_assert(sizeof(r) == 16, "16 bytes");
+  uint4& u = reinterpret_cast<uint4&>(r);
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+               " @p ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
+               : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(p), "r"(uint32_t(valid)), "l"(policy));
+  return r;
+}
+
 // The vector at column c of a weight or bias that may be absent.
 template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent, bool valid = true) {
   return p ? load_vec<Param, kVec>(p + c, valid) : filled<Param, kVec>(absent);
@@ -136,10 +163,15 @@ template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_weight(cons
   return with_offset<kVec>(load_param<kVec>(p, c, 1, valid), offset);
 }
 
-// How long L2 keeps what is copied or stored.
+// How long L2 keeps what is loaded, copied or stored.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t p;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
   return p;
 }
 
@@ -178,6 +210,21 @@ template <int kVec> __device__ __forceinline__ void store_acc(Acc* p, const Acc 
   }
 }
 
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+// Lets the next kernel on the stream be launched as soon as all blocks of this one are running, if it was queued to allow that; it waits
+// for this one's results with wait_for_previous.
+__device__ __forceinline__ void launch_next() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- reductions -----------------------------------------------------------------------------------------------------
 
 // Sum over aligned groups of `lanes` lanes (a power of 2); all 32 lanes must call it. No shared memory.
@@ -202,6 +249,22 @@ __device__ __forceinline__ Pair from_halves(Acc v, int lanes = kWarp) {
 }
 // `lanes` >= 2.
 __device__ __forceinline__ Pair warp_sum(Pair p, int lanes = kWarp) { return from_halves(warp_sum_by_halves(p, lanes), lanes); }
+
+// Of several values at once: their shuffles overlap.
+template <int kValues> __device__ __forceinline__ void warp_sums(Acc (&v)[kValues], int lanes = kWarp) {
+#pragma unroll
+  for (int o = kWarp / 2; o; o >>= 1)
+    if (o < lanes)
+#pragma unroll
+      for (int i = 0; i < kValues; i++) v[i] += __shfl_xor_sync(kFull, v[i], o);
+}
+template <int kValues> __device__ __forceinline__ void warp_sums(Pair (&p)[kValues], int lanes = kWarp) {
+#pragma unroll
+  for (int o = kWarp / 2; o; o >>= 1)
+    if (o < lanes)
+#pragma unroll
+      for (int i = 0; i < kValues; i++) p[i] = p[i] + Pair{__shfl_xor_sync(kFull, p[i].a, o), __shfl_xor_sync(kFull, p[i].b, o)};
+}
 
 // mean and the sum of squared deviations of `count` values; merges by Chan et al. (1979).
 struct Moments {

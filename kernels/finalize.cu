@@ -9,14 +9,12 @@
 // Determinism   No atomics; one order.
 #include "common.cuh"
 
-constexpr int kMaxSplits = 16;
+constexpr int kMaxSplits = 32;
 
 template <int kVec>
 __device__ __forceinline__ void finalize(Param* dweight, Param* dbias, const Acc* dweight_part, const Acc* dbias_part, int parts,
                                          int cols) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous();
   __shared__ Vec<Acc, kVec> sums[kMaxSplits][kWarp];
   const int splits = blockDim.y;
   Param* const out = blockIdx.y ? dbias : dweight;

@@ -1,15 +1,15 @@
-// Forward for rows that a group of lanes or a block holds in registers.
+// Forward for rows that a group of lanes or a block holds.
 //
 // Computes      mean = sum(x) / cols (0 for RMSNorm), var = sum((x - mean)^2) / cols, rstd = 1 / sqrt(var + eps),
 //               y = (x - mean) * rstd * weight + bias.
-// Algorithm     Each thread loads its kPer vectors of kRows rows, where they stay. The sum over a warp's columns gives a center, then the
-//               sums of (x - center) and (x - center)^2 their mean and variance (two-pass, corrected for what rounding left in
-//               the center). A block merges its warps' moments (Chan) behind one barrier. weight and bias come from L1 or L2,
-//               once for the kRows rows.
+// Algorithm     Each thread loads its kPer vectors of kRows rows. The sum over the row gives a center, then the sums of (x - center)
+//               and (x - center)^2 its mean and variance (two-pass, corrected for what rounding left in the center). Lanes meet in
+//               shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
+//               weight and bias come from L1 or L2, once for the kRows rows.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
-// Launch        forward_warp_{wide,single}_LxPxR: block 128, L lanes for R rows, cols <= L * P * kVec, grid rows / R * L / 128.
-//               forward_block_{wide,single}_PxR: block B (a multiple of 32, to the bound) for R rows, grid rows / R,
-//               cols <= B * P * kVec.
+// Launch        forward_warp_{wide,single,add}_LxPxR: block 128, L lanes for R rows, cols <= L * P * kVec, grid rows / R * L / 128.
+//               forward_block_{wide,twice,thrice,single,add}_PxR: block B (a multiple of 32, to the bound) for R rows, grid
+//               rows / R, cols <= B * P * kVec. twice, thrice: as wide; x is loaded so often.
 //               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. mean, rstd, weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
@@ -18,23 +18,32 @@
 
 constexpr int kWarpRowThreads = 128;
 
-// The Normalizers of kRows slices are ready: writes y, with weight and bias loaded once.
-template <int kVec, int kPer, int kRows>
-__device__ __forceinline__ void write_rows(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y,
-                                           const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+// kPlain: a weight that is there, and not centred at 0.
+template <bool kPlain, int kVec, int kPer, int kRows>
+__device__ __forceinline__ void write_rows_of(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
+                                              Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * threads + t) * kVec;
     const bool valid = c < cols;
-    const Vec<Param, kVec> w = load_weight<kVec>(weight, c, weight_offset, valid), b = load_param<kVec>(bias, c, 0, valid);
+    const Vec<Param, kVec> w = kPlain ? load_vec_if<Param, kVec>(weight + c, valid) : load_weight<kVec>(weight, c, weight_offset, valid);
+    const Vec<Param, kVec> b = load_vec_if<Param, kVec>(bias + c, valid && bias);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       Acc f[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) f[i] = n[r].xhat(slices[r].v[k][i]) * weight_of(w[i], weight_offset) + b[i];
+      for (int i = 0; i < kVec; i++) f[i] = n[r].xhat(slices[r].v[k][i]) * (kPlain ? w[i] : weight_of(w[i], weight_offset)) + b[i];
       store<X, kVec>(y + int64_t(r) * cols + c, f, valid && r < rows);
     }
   }
+}
+// The Normalizers of kRows slices are ready: writes y, with weight and bias loaded once. What most weights do not need, the others pay:
+// an offset is one more instruction an element, to about 20.
+template <int kVec, int kPer, int kRows>
+__device__ __forceinline__ void write_rows(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
+                                           Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+  if (weight && weight_offset == 0) write_rows_of<true>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
+  else write_rows_of<false>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
 }
 
 template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
@@ -49,12 +58,22 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
   for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, t, kLanes, r < own_rows ? cols : 0);
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, t, kLanes, r < own_rows ? cols : 0);
+  Acc centers[kRows];
+  Pair sums[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum();
+  warp_sums(centers, kLanes);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    centers[r] = remove_mean ? centers[r] * inv_cols : Acc(0);
+    sums[r] = slices[r].sums(centers[r], t, kLanes, cols);
+  }
+  warp_sums(sums, kLanes);
   Normalizer n[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const Acc center = remove_mean ? warp_sum(slices[r].sum(), kLanes) * inv_cols : Acc(0);
-    const Pair rest = about_center(warp_sum(slices[r].sums(center, t, kLanes, cols), kLanes), inv_cols, remove_mean);
-    n[r] = {center + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
+    const Pair rest = about_center(sums[r], inv_cols, remove_mean);
+    n[r] = {centers[r] + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
     if (t == 0 && r < own_rows) {
       if (mean) mean[first + r] = n[r].mean;
       if (rstd) rstd[first + r] = n[r].rstd;
@@ -63,70 +82,92 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
   write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, t, kLanes, cols);
 }
 
-// The moments of each warp's columns are its own business; one barrier, and all warps merge them.
-template <int kVec, int kPer, int kRows> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
-  // Of the warps' columns: a center, and (mean - center, m2).
-  __shared__ Acc centers[kRows][kWarp];
-  __shared__ Pair part[kRows][kWarp];
+// kWarps: a power of 2, no less than the warps of a block.
+// kLoads: how often x is loaded. Of three passes over it, two or three load it then, which stays in L1 between them: fewer registers, more
+// threads. L2 is told to keep x until the last of these, and then to give its place to y.
+template <int kVec, int kPer, int kRows, int kWarps, int kLoads> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
+  __shared__ Acc warp_centers[kRows][kWarps];
+  __shared__ Pair warp_parts[kRows][kWarps];
   const int64_t first = int64_t(blockIdx.x) * kRows;
   const int own_rows = kRows == 1 ? 1 : int(min(int64_t(kRows), rows - first));
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, threads = blockDim.x;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = blockDim.x;
+  // Each group of kWarps lanes collects what all warps have.
+  const int other = lane % kWarps;
+  const bool collects = other < threads / kWarp;
+  const Acc inv_cols = inverse(cols);
   x += first * cols;
   Slice<kVec, kPer> slices[kRows];
+  const auto load = [&](uint64_t policy) {
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
+    for (int r = 0; r < kRows; r++) {
+      const X* row = x + int64_t(r) * cols;
+      const int own_cols = r < own_rows ? cols : 0;
+      if constexpr (kLoads > 1) slices[r].load(row, threadIdx.x, threads, own_cols, policy);
+      else slices[r].load(row, threadIdx.x, threads, own_cols);
+    }
+  };
+  load(kLoads > 1 ? evict_last() : 0);
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
-  const auto columns_of = [&](int w) {
-    int sum = 0;
+  Acc centers[kRows];
 #pragma unroll
-    for (int k = 0; k < kPer; k++) sum += max(0, min(kWarp * kVec, cols - (k * threads + w * kWarp) * kVec));
-    return sum;
-  };
-  const Acc inv_own = inverse(max(columns_of(warp), 1));
+  for (int r = 0; r < kRows; r++) centers[r] = 0;
+  if (remove_mean) {
 #pragma unroll
-  for (int r = 0; r < kRows; r++) {
-    const Acc center = remove_mean ? warp_sum(slices[r].sum()) * inv_own : Acc(0);
-    const Pair own = about_center(warp_sum(slices[r].sums(center, threadIdx.x, threads, cols)), inv_own, remove_mean);
-    if (lane == 0) {
-      centers[r][warp] = center;
-      part[r][warp] = own;
-    }
+    for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum();
+    warp_sums(centers);
+    if (lane == 0)
+#pragma unroll
+      for (int r = 0; r < kRows; r++) warp_centers[r][warp] = centers[r];
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRows; r++) centers[r] = collects ? warp_centers[r][other] : Acc(0);
+    warp_sums(centers, kWarps);
+#pragma unroll
+    for (int r = 0; r < kRows; r++) centers[r] *= inv_cols;
   }
-  const Acc counts[1] = {lane < warps ? Acc(columns_of(lane)) : Acc(0)};
+  if (kLoads > 2) load(evict_last());
+  Pair sums[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) sums[r] = slices[r].sums(centers[r], threadIdx.x, threads, cols);
+  warp_sums(sums);
+  if (lane == 0)
+#pragma unroll
+    for (int r = 0; r < kRows; r++) warp_parts[r][warp] = sums[r];
   __syncthreads();
-  const Acc inv_cols = inverse(cols);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) sums[r] = collects ? warp_parts[r][other] : Pair{0, 0};
+  warp_sums(sums, kWarps);
   Normalizer n[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const Acc base = centers[r][0];
-    Pair pieces[1] = {{0, 0}};
-    if (lane < warps) pieces[0] = {centers[r][lane] - base + part[r][lane].a, part[r][lane].b};
-    const Moments m = merge_moments(base, pieces, counts, inv_cols);
-    n[r] = {m.mean, rsqrt_acc(m.m2 * inv_cols + eps)};
+    const Pair rest = about_center(sums[r], inv_cols, remove_mean);
+    n[r] = {centers[r] + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
     if (threadIdx.x == 0 && r < own_rows) {
       if (mean) mean[first + r] = n[r].mean;
       if (rstd) rstd[first + r] = n[r].rstd;
     }
   }
+  if (kLoads > 1) load(evict_first());
   write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
 }
 
-// `blocks` on a multiprocessor: as many as the registers of kPer vectors allow.
+// `blocks` on a multiprocessor: as many as the registers of kPer vectors allow, with f32 weights beside halves one fewer.
 #define FORWARD_WARP(name, vec, lanes, per, rows, blocks)                                                              \
-  extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks)                                                \
+  extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks - (sizeof(Param) > sizeof(X)))                  \
       forward_warp_##name##_##lanes##x##per##x##rows(FORWARD_ARGUMENTS) {                                              \
     forward_warp<vec, per, lanes, rows>(FORWARD_PASS);                                                                 \
   }
-#define FORWARD_BLOCK(name, vec, per, rows, threads, blocks)                                                           \
+#define FORWARD_BLOCK(name, vec, per, rows, threads, blocks, loads)                                                    \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_##name##_##per##x##rows(FORWARD_ARGUMENTS) { \
-    forward_block<vec, per, rows>(FORWARD_PASS);                                                                       \
+    forward_block<vec, per, rows, (threads > 512 ? 32 : threads > 256 ? 16 : 8), loads>(FORWARD_PASS);                                     \
   }
+
 // Without clusters, a block takes rows as long as it can, alone on its multiprocessor.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define FORWARD_BLOCK_MOST(name, vec, per, alone, shared) FORWARD_BLOCK(name, vec, per, 1, shared, 2)
+#define FORWARD_BLOCK_MOST(name, vec, per, threads, blocks, loads) FORWARD_BLOCK(name, vec, per, 1, threads, blocks, loads)
 #else
-#define FORWARD_BLOCK_MOST(name, vec, per, alone, shared) FORWARD_BLOCK(name, vec, per, 1, alone, 1)
+#define FORWARD_BLOCK_MOST(name, vec, per, threads, blocks, loads) FORWARD_BLOCK(name, vec, per, 1, 1024, 1, loads)
 #endif
 
 #ifdef LN_SINGLE
@@ -134,10 +175,10 @@ FORWARD_WARP(single, 1, 4, 8, 1, 4)
 FORWARD_WARP(single, 1, 32, 4, 1, 4)
 FORWARD_WARP(single, 1, 32, 8, 1, 4)
 #if LN_X_BYTES == 8
-FORWARD_BLOCK(single, 1, 8, 1, 512, 1)
+FORWARD_BLOCK(single, 1, 8, 1, 512, 1, 1)
 #else
 FORWARD_WARP(single, 1, 32, 16, 1, 4)
-FORWARD_BLOCK(single, 1, 16, 1, 512, 1)
+FORWARD_BLOCK(single, 1, 16, 1, 512, 1, 1)
 #endif
 #elif defined(LN_ADD)
 FORWARD_WARP(add, kWide, 4, 4, 1, 4)
@@ -145,40 +186,36 @@ FORWARD_WARP(add, kWide, 4, 4, 1, 4)
 FORWARD_WARP(add, kWide, 16, 2, 1, 8)
 FORWARD_WARP(add, kWide, 32, 2, 1, 8)
 FORWARD_WARP(add, kWide, 32, 3, 1, 6)
-FORWARD_BLOCK(add, kWide, 2, 1, 512, 3)
-FORWARD_BLOCK(add, kWide, 4, 1, 512, 2)
+FORWARD_BLOCK(add, kWide, 2, 1, 512, 3, 1)
+FORWARD_BLOCK(add, kWide, 4, 1, 512, 2, 1)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(add, kWide, 16, 2, 1, 8)
 FORWARD_WARP(add, kWide, 32, 2, 1, 8)
-FORWARD_BLOCK(add, kWide, 2, 1, 512, 3)
-FORWARD_BLOCK(add, kWide, 4, 1, 1024, 1)
+FORWARD_BLOCK(add, kWide, 2, 1, 512, 3, 1)
+FORWARD_BLOCK(add, kWide, 4, 1, 1024, 1, 1)
 #else
 FORWARD_WARP(add, kWide, 32, 4, 1, 4)
-FORWARD_BLOCK(add, kWide, 4, 1, 512, 1)
+FORWARD_BLOCK(add, kWide, 4, 1, 512, 1, 1)
 #endif
 #elif LN_X_BYTES == 2
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
 FORWARD_WARP(wide, kWide, 16, 2, 2, 8)
-FORWARD_WARP(wide, kWide, 32, 2, 2, 8)
-FORWARD_WARP(wide, kWide, 32, 3, 1, 7)
-FORWARD_BLOCK(wide, kWide, 1, 1, 512, 4)
-FORWARD_BLOCK(wide, kWide, 2, 2, 256, 5)
-FORWARD_BLOCK(wide, kWide, 4, 2, 256, 3)
-FORWARD_BLOCK_MOST(wide, kWide, 4, 896, 448)
+FORWARD_WARP(wide, kWide, 16, 4, 1, 8)
+FORWARD_WARP(wide, kWide, 32, 3, 1, 8)
+FORWARD_WARP(wide, kWide, 32, 4, 1, 7)
+FORWARD_WARP(wide, kWide, 32, 6, 1, 5)
+FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
+FORWARD_BLOCK_MOST(thrice, kWide, 4, 512, 3, 3)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
-FORWARD_WARP(wide, kWide, 16, 2, 1, 9)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-FORWARD_WARP(wide, kWide, 32, 2, 1, 16)
-FORWARD_BLOCK(wide, kWide, 2, 1, 512, 4)
-#else
-FORWARD_WARP(wide, kWide, 32, 2, 1, 12)
-FORWARD_BLOCK(wide, kWide, 2, 1, 512, 3)
-#endif
-FORWARD_BLOCK(wide, kWide, 4, 1, 512, 3)
-FORWARD_BLOCK_MOST(wide, kWide, 8, 1024, 512)
+FORWARD_WARP(wide, kWide, 16, 4, 2, 6)
+FORWARD_WARP(wide, kWide, 32, 4, 1, 8)
+FORWARD_BLOCK(wide, kWide, 2, 1, 512, 3, 1)
+FORWARD_BLOCK(thrice, kWide, 4, 1, 256, 6, 3)
+FORWARD_BLOCK(twice, kWide, 4, 1, 512, 3, 2)
+FORWARD_BLOCK_MOST(wide, kWide, 8, 512, 2, 1)
 #else
 FORWARD_WARP(wide, kWide, 4, 4, 1, 4)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 4)
-FORWARD_BLOCK_MOST(wide, kWide, 4, 1024, 512)
+FORWARD_BLOCK_MOST(wide, kWide, 4, 512, 2, 1)
 #endif

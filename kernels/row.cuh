@@ -64,7 +64,15 @@ template <int kVec, int kPer> struct Slice {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
-      v[k] = load_vec<X, kVec>(row + c, c < cols);
+      v[k] = load_vec_if<X, kVec>(row + c, c < cols);
+    }
+  }
+  // The same, of x that is read again.
+  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy) {
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * threads + t) * kVec;
+      v[k] = load_vec_if<X, kVec>(row + c, c < cols, policy);
     }
   }
   // x, which was loaded, becomes the sum with the residual, and the sum is stored. `at` is where the row starts in its tensor.

@@ -8,7 +8,7 @@
 //               Backward: `split_sums` keeps both sums of each row; `split_gradients` adds up the blocks' and writes dx.
 //               The second launch walks backward: what the first read last is still in L2.
 // Bytes moved   Forward 3 * rows * cols * sizeof(X), backward 5 *, less what L2 holds.
-// Launch        grid (blocks, rows / kRows rounded up), block kThreads. Both launches of a pass have the same grid. Parts:
+// Launch        grid (rows / kRows rounded up, blocks), block kThreads. Both launches of a pass have the same grid. Parts:
 //               moments and sums [rows, blocks], dweight_part and dbias_part [row groups, cols]; with one row group they may be
 //               null, and dweight and dbias, [cols], are written instead. kVec > 1: all pointers on 16 bytes, cols a
 //               multiple of kVec. mean, rstd, weight, bias, dx, dweight_part, dbias_part may be null.
@@ -28,8 +28,8 @@ struct Piece {
   int first, step, vectors;
 };
 template <int kVec> __device__ __forceinline__ Piece piece_of(int64_t rows, int cols) {
-  const int64_t row = int64_t(blockIdx.y) * kRows;
-  return {row, int(min(int64_t(kRows), rows - row)), int(blockIdx.x * kThreads + threadIdx.x), int(gridDim.x * kThreads), cols / kVec};
+  const int64_t row = int64_t(blockIdx.x) * kRows;
+  return {row, int(min(int64_t(kRows), rows - row)), int(blockIdx.y * kThreads + threadIdx.x), int(gridDim.y * kThreads), cols / kVec};
 }
 // The last of a thread's vectors, or less than 0.
 __device__ __forceinline__ int last_of(const Piece& p) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
   for (int r = warp; r < p.rows; r += kWarps) {
     const Pair piece[1] = {lane < kWarps ? warps[r][lane] : Pair{0, 0}};
     const Moments m = merge_moments(piece, warp_counts, block_count > 0 ? Acc(1) / block_count : Acc(0));
-    if (lane == 0) part[(p.row + r) * gridDim.x + blockIdx.x] = {m.mean, m.m2};
+    if (lane == 0) part[(p.row + r) * gridDim.y + blockIdx.y] = {m.mean, m.m2};
   }
 }
 
@@ -101,7 +101,7 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
                                                 const Param* bias, int64_t rows, int cols, Acc eps, Acc weight_offset) {
   __shared__ Normalizer normalizers[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.y;
   // Columns that block b took.
   const auto columns_of = [&](int b) {
     const int first = b * kThreads, full = p.vectors / p.step, rest = p.vectors - full * p.step;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
     const Acc row_rstd = rsqrt_acc(warp_sum(m2) * inv_cols + eps);
     if (lane == 0) {
       normalizers[r] = Normalizer{row_mean, row_rstd};
-      if (blockIdx.x == 0) {
+      if (blockIdx.y == 0) {
         if (mean) mean[p.row + r] = row_mean;
         if (rstd) rstd[p.row + r] = row_rstd;
       }
@@ -189,7 +189,7 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
 #pragma unroll
       for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], weight_offset, sums[first + r]);
     }
-    const int64_t at = blockIdx.y * int64_t(cols) + v * kVec;
+    const int64_t at = blockIdx.x * int64_t(cols) + v * kVec;
     if (dweight_part) store_acc<kVec>(dweight_part + at, own.dweight[0]);
     if (dbias_part) store_acc<kVec>(dbias_part + at, own.dbias[0]);
     if (dweight) store_params<kVec>(dweight + v * kVec, own.dweight[0]);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
   __syncthreads();
   for (int r = warp; r < p.rows; r += kWarps) {
     const Pair sum = warp_sum(lane < kWarps ? warps[r][lane] : Pair{0, 0});
-    if (lane == 0) part[(p.row + r) * gridDim.x + blockIdx.x] = sum;
+    if (lane == 0) part[(p.row + r) * gridDim.y + blockIdx.y] = sum;
   }
 }
 
@@ -213,7 +213,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
                                                 Acc weight_offset) {
   __shared__ Scales scales[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.y;
   for (int r = warp; r < p.rows; r += kWarps) {
     const int64_t row = p.row + r;
     Pair sum = {0, 0};

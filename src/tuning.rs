@@ -441,7 +441,7 @@ mod tests {
         }
     }
 
-    /// Of 4096 columns of f32, for which the built-in plan is forward_block_wide_2x1 of 16 warps.
+    /// Of 4096 columns of f32, for which the built-in plan is forward_block_thrice_4x1 of 8 warps.
     fn entry(rows: usize, kernel: &str, warps: usize, blocks: usize) -> Entry {
         Entry {
             dir: Direction::Forward,
@@ -479,7 +479,7 @@ mod tests {
         Ok((plan.launches[0].entry, plan.launches[0].block[0]))
     }
 
-    const BUILT_IN: (&str, u32) = ("forward_block_wide_2x1", 512);
+    const BUILT_IN: (&str, u32) = ("forward_block_thrice_4x1", 256);
 
     #[test]
     fn a_file_comes_back_as_it_was_written() {
@@ -527,18 +527,18 @@ mod tests {
     #[test]
     fn nearest_rows_within_a_factor_of_2_are_taken() {
         let store = store(vec![
-            entry(512, "forward_block_wide_8x1", 4, 1),
-            entry(1024, "forward_cluster_wide", 4, 2),
+            entry(1024, "forward_block_wide_8x1", 4, 1),
+            entry(2048, "forward_cluster_wide", 4, 2),
         ]);
         let (x8, cluster) = (("forward_block_wide_8x1", 128), "forward_cluster_wide");
         let of = |rows| forward(&store, rows, &h200()).unwrap();
-        assert_eq!(of(255), BUILT_IN);
-        assert_eq!(of(256), x8);
+        assert_eq!(of(511), BUILT_IN);
         assert_eq!(of(512), x8);
-        assert_eq!(of(724), x8);
-        assert_eq!(of(725).0, cluster);
-        assert_eq!(of(2048).0, cluster);
-        assert_eq!(of(2049), BUILT_IN);
+        assert_eq!(of(1024), x8);
+        assert_eq!(of(1448), x8);
+        assert_eq!(of(1449).0, cluster);
+        assert_eq!(of(4096).0, cluster);
+        assert_eq!(of(4097), BUILT_IN);
     }
 
     #[test]
@@ -583,7 +583,7 @@ mod tests {
             ("forward_block_wide_8x1", usize::MAX, 1),
             ("forward_block_wide_8x1", 4, usize::MAX),
             ("forward_block_single_16x1", 8, 1),
-            ("forward_warp_wide_32x2x1", 4, 1),
+            ("forward_warp_wide_32x4x1", 4, 1),
             ("forward_cluster_wide", 4, 3),
             ("forward_cluster_wide", 0, 0),
             ("forward_grid_wide", 4, usize::MAX),
