@@ -6,8 +6,10 @@
 //! ```
 //!
 //! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
-//! evicts L2 and hides the host's latency; the roofline is the better of two copies (forward) or adds (backward) of
-//! 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the calls that are compared take turns:
+//! evicts L2 and hides the host's latency: `ours` are the kernels, which write memory that is there, `ours_op` the whole op, of
+//! which the stream also sees that memory is taken and given back (about 1 us), and `op wall us` the host's time of it; the
+//! roofline is the better of two copies (forward) or adds (backward) of 16-byte vectors over tensors of the same size. On the
+//! CPU it is wall time, and the calls that are compared take turns:
 //! `kernel` writes memory that is there, `ours` is the whole op, whose outputs are fresh, and the roofline is the faster of
 //! two parallel copies or adds over memory that is there. benches/README.md has the comparison with PyTorch.
 //! CUDA_CACHE_DISABLE=1 shows what a first call costs where the driver has not compiled the kernels before.
@@ -264,18 +266,22 @@ fn measure(
         wall_us,
     };
     out.push(row("fwd", "roof", roof, None, None));
-    let mut ours = || -> Result<()> {
-        let _ = bench::layer_norm(&x, &weight, &bias, EPS)?;
-        Ok(())
-    };
-    let us = machine.time(&mut ours)?;
+    let [mut forward_kernel, mut backward_kernel] = cuda_kernels(&x, &weight, &bias, &dy)?;
+    let mut kernel = || Ok(forward_kernel()?);
     out.push(row(
         "fwd",
         "ours",
-        us,
+        machine.time(&mut kernel)?,
         Some(roof),
-        Some(machine.wall(&mut ours)?),
+        None,
     ));
+    let mut op = || -> Result<()> {
+        let _ = bench::layer_norm(&x, &weight, &bias, EPS)?;
+        Ok(())
+    };
+    let us = machine.time(&mut op)?;
+    let wall = machine.wall(&mut op)?;
+    out.push(row("fwd", "ours_op", us, Some(roof), Some(wall)));
     if param_dtype == dtype && dtype != DType::F64 {
         let mut fused = || -> Result<()> {
             candle_nn::ops::layer_norm(&x, &weight, &bias, EPS as f32)?;
@@ -300,18 +306,22 @@ fn measure(
 
     let roof = machine.roof(2, bytes)?;
     out.push(row("bwd", "roof", roof, None, None));
-    let mut ours = || -> Result<()> {
-        backward(&dy)?;
-        Ok(())
-    };
-    let us = machine.time(&mut ours)?;
+    let mut kernel = || Ok(backward_kernel()?);
     out.push(row(
         "bwd",
         "ours",
-        us,
+        machine.time(&mut kernel)?,
         Some(roof),
-        Some(machine.wall(&mut ours)?),
+        None,
     ));
+    drop(backward_kernel);
+    let mut op = || -> Result<()> {
+        backward(&dy)?;
+        Ok(())
+    };
+    let us = machine.time(&mut op)?;
+    let wall = machine.wall(&mut op)?;
+    out.push(row("bwd", "ours_op", us, Some(roof), Some(wall)));
     if args.slow {
         // The graph's own part: what candle's backward does for sum(y * dy) before it reaches the norm is in it too.
         let y = candle_nn::ops::layer_norm_slow(&x, &weight, &bias, EPS as f32)?;
@@ -341,6 +351,38 @@ fn measure(
         )?);
     }
     Ok(out)
+}
+
+/// The kernels of both passes, over memory that is there.
+#[cfg(feature = "cuda")]
+fn cuda_kernels(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    dy: &Tensor,
+) -> Result<[bench::Kernel; 2]> {
+    let [mean, rstd] = statistics(x)?;
+    Ok([
+        bench::cuda_forward(x, weight, bias, EPS)?,
+        bench::cuda_backward(x, weight, &mean, &rstd, dy)?,
+    ])
+}
+#[cfg(not(feature = "cuda"))]
+fn cuda_kernels(_: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<[bench::Kernel; 2]> {
+    bail!("built without the feature cuda")
+}
+
+/// A mean and an rstd for each row, that are not its own: kernels take as long.
+fn statistics(x: &Tensor) -> Result<[Tensor; 2]> {
+    let dtype = match x.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let rows = x.dim(0)?;
+    Ok([
+        Tensor::zeros(rows, dtype, x.device())?,
+        Tensor::ones(rows, dtype, x.device())?,
+    ])
 }
 
 /// The norm of a sum, in one op, and as candle's add and this crate's norm. Backward, `dsum` arrives at the sum. The roofline moves
@@ -411,13 +453,7 @@ fn measure_cpu(
     backward: &dyn Fn(&Tensor) -> Result<bench::Gradients, candle_core::Error>,
     bytes: usize,
 ) -> Result<Vec<Row>> {
-    let rows = x.dim(0)?;
-    let statistics_dtype = match x.dtype() {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    };
-    let mean = Tensor::zeros(rows, statistics_dtype, &Device::Cpu)?;
-    let rstd = Tensor::ones(rows, statistics_dtype, &Device::Cpu)?;
+    let [mean, rstd] = statistics(x)?;
     let (mut forward_kernel, mut backward_kernel) = (
         bench::cpu_forward(x, weight, bias, EPS)?,
         bench::cpu_backward(x, weight, &mean, &rstd, dy)?,

@@ -104,6 +104,26 @@ pub fn cpu_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Res
     })
 }
 
+/// The kernels of a forward pass over contiguous CUDA tensors, in the same way.
+#[cfg(feature = "cuda")]
+pub fn cuda_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), Some(bias), &eps.into())?;
+    crate::cuda::forward_kernel(problem, xs, weight, bias)
+}
+
+/// The kernels of a backward pass over contiguous CUDA tensors, in the same way. `mean` and `rstd` are `[rows]`.
+#[cfg(feature = "cuda")]
+pub fn cuda_backward(
+    xs: &Tensor,
+    weight: &Tensor,
+    mean: &Tensor,
+    rstd: &Tensor,
+    dy: &Tensor,
+) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &NormConfig::from(0.))?;
+    crate::cuda::backward_kernel(problem, [xs, weight, mean, rstd, dy])
+}
+
 /// The CPU's backward pass, for all three gradients, in the same way. `mean` and `rstd` are `[rows]`.
 pub fn cpu_backward(
     xs: &Tensor,

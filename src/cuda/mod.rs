@@ -7,26 +7,27 @@ mod launch;
 mod ptx;
 
 use crate::add::{AddArgs, AddForward, AddGradients};
-use crate::bench::Candidates;
+use crate::bench::{self, Candidates};
 use crate::dropout::Dropout;
 use crate::op::{self, BackwardArgs, Forward, Gradients};
 use crate::plan::{self, Access, DeviceFacts, Regime};
 use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, bail};
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
 };
 use half::{bf16, f16};
 use launch::Arguments;
 use std::collections::btree_map::{BTreeMap, Entry};
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 type Operand<'a> = op::Operand<'a, CudaStorage>;
 
 /// A type that tensors hold on the device.
-trait Element: CudaDType + DeviceRepr + ValidAsZeroBits {
+trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
     type Acc: Acc;
 }
 
@@ -144,23 +145,27 @@ fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts>
 }
 
 /// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
-fn access<T: Element, P: Element>(
+fn access<'a, T: Element, P: Element>(
     problem: &Problem,
     device: &CudaDevice,
-    xs: &[&CudaView<'_, T>],
-    params: &[Option<&CudaView<'_, P>>],
+    xs: impl IntoIterator<Item = &'a CudaView<'a, T>>,
+    params: impl IntoIterator<Item = &'a CudaView<'a, P>>,
 ) -> Access {
     let stream = device.cuda_stream();
-    let params: Vec<_> = params.iter().copied().flatten().collect();
     Access::of(
         problem,
         starts_on_16(&stream, xs),
-        starts_on_16(&stream, &params),
+        starts_on_16(&stream, params),
     )
 }
 
-fn starts_on_16<T: Element>(stream: &CudaStream, views: &[&CudaView<'_, T>]) -> bool {
-    views.iter().all(|v| v.device_ptr(stream).0 % 16 == 0)
+fn starts_on_16<'a, T: Element>(
+    stream: &CudaStream,
+    views: impl IntoIterator<Item = &'a CudaView<'a, T>>,
+) -> bool {
+    views
+        .into_iter()
+        .all(|v| v.device_ptr(stream).0.is_multiple_of(16))
 }
 
 /// What a call over these tensors may choose from: x, or x and dy; weight and bias.
@@ -189,16 +194,10 @@ fn access_of<T: Element, P: Element>(
     params: &[&Tensor],
 ) -> Result<Access> {
     fn starts<E: Element>(problem: &Problem, tensor: &Tensor) -> Result<bool> {
-        let (storage, layout) = tensor.storage_and_layout();
-        let Storage::Cuda(storage) = &*storage else {
-            bail!(
-                "{}: candidates: expected tensors on CUDA, got one on {:?}",
-                problem.op_name(),
-                tensor.device().location()
-            )
-        };
+        let locked = tensor.storage_and_layout();
+        let (storage, layout) = on_cuda(&locked)?;
         let view = view::<E>(problem, (storage, layout))?;
-        Ok(view.device_ptr(&storage.device.cuda_stream()).0 % 16 == 0)
+        Ok(starts_on_16(&storage.device.cuda_stream(), [&view]))
     }
     let (mut xs_start, mut params_start) = (true, true);
     for x in xs {
@@ -261,10 +260,10 @@ fn forward_typed<T: Element, P: Element>(
     let weight = weight.map(|w| view::<P>(problem, w)).transpose()?;
     let bias = bias.map(|b| view::<P>(problem, b)).transpose()?;
     let params = [weight.as_ref(), bias.as_ref()];
-    let (y, statistics) = planned_forward(problem, device, &x, params, keep)?;
+    let out = planned_forward(problem, device, &x, params, keep)?;
     Ok(Forward {
-        ys: wrap(y, device),
-        statistics: statistics.map(|s| wrap(s, device)),
+        ys: wrap(out.y, device),
+        statistics: out.statistics.map(|s| wrap(s, device)),
     })
 }
 
@@ -291,19 +290,35 @@ fn add_forward_typed<T: Element, P: Element>(
     let params = [weight.as_ref(), bias.as_ref()];
     let mut sum = alloc::<T>(device, problem.rows * problem.cols)?;
     let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, &[&x, &residual], &params);
+    let access = access(
+        problem,
+        device,
+        [&x, &residual],
+        params.into_iter().flatten(),
+    );
     let plan = match problem.is_empty() {
         true => None,
         false => plan::forward_add(problem, access, &gpu.facts)?,
     };
-    let (y, statistics) = match plan {
+    let out = match plan {
         Some(plan) => {
+            let mut out = Normalized::alloc(problem, device, keep)?;
             let addend = Addend {
                 residual: &residual,
                 sum: &mut sum,
                 dropout,
             };
-            normalize(problem, device, &gpu, &plan, &x, params, keep, Some(addend))?
+            normalize(
+                problem,
+                device,
+                &gpu,
+                &plan,
+                &mut out,
+                &x,
+                params,
+                Some(addend),
+            )?;
+            out
         }
         None => {
             add(problem, device, &gpu, &mut sum, &x, &residual, dropout)?;
@@ -311,9 +326,9 @@ fn add_forward_typed<T: Element, P: Element>(
         }
     };
     Ok(AddForward {
-        ys: wrap(y, device),
+        ys: wrap(out.y, device),
         sum: wrap(sum, device),
-        statistics: statistics.map(|s| wrap(s, device)),
+        statistics: out.statistics.map(|s| wrap(s, device)),
     })
 }
 
@@ -322,7 +337,28 @@ fn wrap<E: Element>(slice: CudaSlice<E>, device: &CudaDevice) -> CudaStorage {
 }
 
 /// y, and mean and rstd in one piece if they are to be kept.
-type Normalized<T> = (CudaSlice<T>, Option<CudaSlice<<T as Element>::Acc>>);
+struct Normalized<T: Element> {
+    y: CudaSlice<T>,
+    statistics: Option<CudaSlice<T::Acc>>,
+}
+
+impl<T: Element> Normalized<T> {
+    /// Uninitialised.
+    fn alloc(problem: &Problem, device: &CudaDevice, keep: bool) -> Result<Self> {
+        let rows = problem.rows;
+        Ok(Self {
+            statistics: keep
+                .then(|| alloc(device, means(problem) + rows))
+                .transpose()?,
+            y: alloc(device, rows * problem.cols)?,
+        })
+    }
+}
+
+/// How many means are kept: they come before the rstds.
+fn means(problem: &Problem) -> usize {
+    if problem.remove_mean { problem.rows } else { 0 }
+}
 
 fn planned_forward<T: Element, P: Element>(
     problem: &Problem,
@@ -332,16 +368,18 @@ fn planned_forward<T: Element, P: Element>(
     keep: bool,
 ) -> Result<Normalized<T>> {
     if problem.is_empty() {
-        let means = if problem.remove_mean { problem.rows } else { 0 };
-        let statistics = keep
-            .then(|| device.alloc_zeros::<T::Acc>(means + problem.rows))
-            .transpose()?;
-        return Ok((device.alloc_zeros(0)?, statistics));
+        let statistics = keep.then(|| device.alloc_zeros(means(problem) + problem.rows));
+        return Ok(Normalized {
+            y: device.alloc_zeros(0)?,
+            statistics: statistics.transpose()?,
+        });
     }
     let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, &[x], &params);
+    let access = access(problem, device, [x], params.into_iter().flatten());
     let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
-    normalize(problem, device, &gpu, &plan, x, params, keep, None)
+    let mut out = Normalized::alloc(problem, device, keep)?;
+    normalize(problem, device, &gpu, &plan, &mut out, x, params, None)?;
+    Ok(out)
 }
 
 /// Runs a plan: of x, or of its sum with the `addend`, for which the plan is.
@@ -351,30 +389,25 @@ fn normalize<T: Element, P: Element>(
     device: &CudaDevice,
     gpu: &Gpu,
     plan: &plan::Forward,
+    Normalized { y, statistics }: &mut Normalized<T>,
     x: &CudaView<'_, T>,
     [weight, bias]: [Option<&CudaView<'_, P>>; 2],
-    keep: bool,
     addend: Option<Addend<'_, T>>,
-) -> Result<Normalized<T>> {
+) -> Result<()> {
     let stream = device.cuda_stream();
     let (rows, cols) = (problem.rows, problem.cols);
-    let means = if problem.remove_mean { rows } else { 0 };
-    let mut statistics = keep
-        .then(|| alloc::<T::Acc>(device, means + rows))
-        .transpose()?;
-    let (mut mean, mut rstd) = match &mut statistics {
+    let (mut mean, mut rstd) = match statistics {
         Some(both) => {
-            let (mean, rstd) = both.split_at_mut(means);
+            let (mean, rstd) = both.split_at_mut(means(problem));
             (Some(mean), Some(rstd))
         }
         None => (None, None),
     };
-    let mut y = alloc::<T>(device, rows * cols)?;
     match plan.launches.as_slice() {
         [launch] => {
             let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
             let mut args = Arguments::new(&stream);
-            args.output(Some(&mut y));
+            args.output(Some(&mut *y));
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
             args.input(Some(x));
@@ -409,7 +442,7 @@ fn normalize<T: Element, P: Element>(
             unsafe { args.launch(problem, device, gpu.facts.base, moments)? };
             let part = part.slice(..);
             let mut args = Arguments::new(&stream);
-            args.output(Some(&mut y));
+            args.output(Some(&mut *y));
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
             args.input(Some(&part));
@@ -428,7 +461,7 @@ fn normalize<T: Element, P: Element>(
             problem.op_name()
         ),
     }
-    Ok((y, statistics))
+    Ok(())
 }
 
 /// sum = residual + dropout(x), in a launch of its own.
@@ -446,7 +479,7 @@ fn add<T: Element>(
     }
     let stream = device.cuda_stream();
     let launch = plan::add(problem, &gpu.facts, "add_forward")?;
-    let starts = starts_on_16(&stream, &[x, residual]);
+    let starts = starts_on_16(&stream, [x, residual]);
     let mut args = Arguments::new(&stream);
     args.output(Some(sum));
     args.input(Some(x));
@@ -477,8 +510,8 @@ fn backward_typed<T: Element, P: Element>(
     let slices = planned_backward(problem, device, &views, wanted)?;
     Ok(Gradients {
         dx: slices.dx.map(|s| wrap(s, device)),
-        dweight: slices.dweight,
-        dbias: slices.dbias,
+        dweight: slices.dweight.map(|s| wrap(s, device)),
+        dbias: slices.dbias.map(|s| wrap(s, device)),
     })
 }
 
@@ -512,14 +545,26 @@ fn add_backward_typed<T: Element, P: Element>(
         dropout,
     };
     let gpu = gpu(problem.op_name(), device)?;
-    let xs: Vec<_> = [&views.x, &views.dy].into_iter().chain(&dsum).collect();
-    let access = access(problem, device, &xs, &[views.weight.as_ref()]);
+    let xs = [&views.x, &views.dy].into_iter().chain(&dsum);
+    let access = access(problem, device, xs, &views.weight);
     let plan = match problem.is_empty() || !wanted.dx {
         true => None,
         false => plan::backward_add(problem, access, &gpu.facts)?,
     };
     let slices = match plan {
-        Some(plan) => gradients(problem, device, &gpu, &plan, &views, wanted, Some(arriving))?,
+        Some(plan) => {
+            let mut out = GradientSlices::alloc(problem, device, &plan, wanted)?;
+            gradients(
+                problem,
+                device,
+                &gpu,
+                &plan,
+                &mut out,
+                &views,
+                Some(arriving),
+            )?;
+            out
+        }
         None => {
             let mut slices = planned_backward(problem, device, &views, wanted)?;
             if let Some(dx) = &mut slices.dx
@@ -533,8 +578,8 @@ fn add_backward_typed<T: Element, P: Element>(
     Ok(AddGradients {
         dx: slices.dx.map(|s| wrap(s, device)),
         dresidual: dresidual.map(|s| wrap(s, device)),
-        dweight: slices.dweight,
-        dbias: slices.dbias,
+        dweight: slices.dweight.map(|s| wrap(s, device)),
+        dbias: slices.dbias.map(|s| wrap(s, device)),
     })
 }
 
@@ -582,7 +627,7 @@ fn add_gradient<T: Element>(
     }
     let stream = device.cuda_stream();
     let launch = plan::add(problem, &gpu.facts, "add_backward")?;
-    let starts = arriving.dsum.is_none_or(|d| starts_on_16(&stream, &[d]));
+    let starts = starts_on_16(&stream, arriving.dsum);
     let mut args = Arguments::new(&stream);
     args.output(Some(dx));
     args.output(arriving.dresidual);
@@ -615,11 +660,56 @@ impl<'a, T: Element, P: Element> BackwardViews<'a, T, P> {
     }
 }
 
-/// What it writes, as far as it is wanted.
-struct GradientSlices<T> {
+/// What it writes, as far as it is wanted, and the sums that partial rows of dweight and dbias leave for `finalize`.
+struct GradientSlices<T: Element, P: Element> {
     dx: Option<CudaSlice<T>>,
-    dweight: Option<CudaStorage>,
-    dbias: Option<CudaStorage>,
+    dweight: Option<CudaSlice<P>>,
+    dbias: Option<CudaSlice<P>>,
+    dweight_part: Option<CudaSlice<T::Acc>>,
+    dbias_part: Option<CudaSlice<T::Acc>>,
+}
+
+impl<T: Element, P: Element> GradientSlices<T, P> {
+    /// Uninitialised.
+    fn alloc(
+        problem: &Problem,
+        device: &CudaDevice,
+        plan: &plan::Backward,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        let Problem { rows, cols, .. } = *problem;
+        let param = |wanted: bool| wanted.then(|| alloc(device, cols)).transpose();
+        let partial = |wanted: bool| {
+            (wanted && in_parts(problem, plan))
+                .then(|| alloc(device, plan.parts * cols))
+                .transpose()
+        };
+        Ok(Self {
+            dx: wanted.dx.then(|| alloc(device, rows * cols)).transpose()?,
+            dweight: param(wanted.dweight)?,
+            dbias: param(wanted.dbias)?,
+            dweight_part: partial(wanted.dweight)?,
+            dbias_part: partial(wanted.dbias)?,
+        })
+    }
+
+    /// Of an empty tensor.
+    fn zeros(problem: &Problem, device: &CudaDevice, wanted: Wanted) -> Result<Self> {
+        let param = |wanted: bool| wanted.then(|| device.alloc_zeros(problem.cols)).transpose();
+        Ok(Self {
+            dx: wanted.dx.then(|| device.alloc_zeros(0)).transpose()?,
+            dweight: param(wanted.dweight)?,
+            dbias: param(wanted.dbias)?,
+            dweight_part: None,
+            dbias_part: None,
+        })
+    }
+}
+
+/// Whether dweight and dbias are left in parts: not where the kernel has all rows in one, and writes them in their own dtype.
+fn in_parts(problem: &Problem, plan: &plan::Backward) -> bool {
+    let rounds = plan.regime == Regime::Split;
+    plan.parts > 1 || !(rounds || problem.param_dtype == problem.stats_dtype())
 }
 
 fn planned_backward<T: Element, P: Element>(
@@ -627,23 +717,16 @@ fn planned_backward<T: Element, P: Element>(
     device: &CudaDevice,
     views: &BackwardViews<'_, T, P>,
     wanted: Wanted,
-) -> Result<GradientSlices<T>> {
+) -> Result<GradientSlices<T, P>> {
     if problem.is_empty() {
-        let zeros = |wanted: bool| -> Result<Option<CudaStorage>> {
-            let zeros = wanted.then(|| device.alloc_zeros::<P>(problem.cols));
-            Ok(zeros.transpose()?.map(|s| wrap(s, device)))
-        };
-        return Ok(GradientSlices {
-            dx: wanted.dx.then(|| device.alloc_zeros::<T>(0)).transpose()?,
-            dweight: zeros(wanted.dweight)?,
-            dbias: zeros(wanted.dbias)?,
-        });
+        return GradientSlices::zeros(problem, device, wanted);
     }
     let gpu = gpu(problem.op_name(), device)?;
-    let params = [views.weight.as_ref()];
-    let access = access(problem, device, &[&views.x, &views.dy], &params);
+    let access = access(problem, device, [&views.x, &views.dy], &views.weight);
     let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
-    gradients(problem, device, &gpu, &plan, views, wanted, None)
+    let mut out = GradientSlices::alloc(problem, device, &plan, wanted)?;
+    gradients(problem, device, &gpu, &plan, &mut out, views, None)?;
+    Ok(out)
 }
 
 /// Runs a plan. If it is one for a gradient that is `arriving` at the sum that x is, dx is the gradient of the sum's argument.
@@ -652,10 +735,10 @@ fn gradients<T: Element, P: Element>(
     device: &CudaDevice,
     gpu: &Gpu,
     plan: &plan::Backward,
+    out: &mut GradientSlices<T, P>,
     views: &BackwardViews<'_, T, P>,
-    wanted: Wanted,
     arriving: Option<Arriving<'_, T>>,
-) -> Result<GradientSlices<T>> {
+) -> Result<()> {
     let BackwardViews {
         x,
         dy,
@@ -663,31 +746,28 @@ fn gradients<T: Element, P: Element>(
         mean,
         rstd,
     } = views;
+    let GradientSlices {
+        dx,
+        dweight,
+        dbias,
+        dweight_part,
+        dbias_part,
+    } = out;
+    let in_parts = in_parts(problem, plan);
     let stream = device.cuda_stream();
     let (rows, cols) = (problem.rows, problem.cols);
-    let mut dx = wanted
-        .dx
-        .then(|| alloc::<T>(device, rows * cols))
-        .transpose()?;
-    // All rows are one group: its sums are what is wanted.
-    let direct = plan.regime == Regime::Split && plan.parts == 1;
-    let partial = |wanted: bool| {
-        (wanted && !direct)
-            .then(|| alloc::<T::Acc>(device, plan.parts * cols))
-            .transpose()
-    };
-    let param = |wanted: bool| wanted.then(|| alloc::<P>(device, cols)).transpose();
-    let mut dweight_part = partial(wanted.dweight)?;
-    let mut dbias_part = partial(wanted.dbias)?;
-    let mut dweight = param(wanted.dweight && direct)?;
-    let mut dbias = param(wanted.dbias && direct)?;
     match plan.launches.as_slice() {
         [launch] => {
             let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
             let mut args = Arguments::new(&stream);
             args.output(dx.as_mut());
-            args.output(dweight_part.as_mut());
-            args.output(dbias_part.as_mut());
+            if in_parts {
+                args.output(dweight_part.as_mut());
+                args.output(dbias_part.as_mut());
+            } else {
+                args.output(dweight.as_mut());
+                args.output(dbias.as_mut());
+            }
             args.input(Some(x));
             args.input(Some(dy));
             args.input(weight.as_ref());
@@ -707,14 +787,14 @@ fn gradients<T: Element, P: Element>(
             args.i32(plan.teams);
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
-            // [plan.parts, cols]; x, dy, weight, mean and rstd have the shapes of the forward pass.
+            // [plan.parts, cols], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
             unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
         }
         [sums, write_dx] => {
             let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
             let mut args = Arguments::new(&stream);
-            args.output(dweight.as_mut());
-            args.output(dbias.as_mut());
+            args.output(dweight.as_mut().filter(|_| !in_parts));
+            args.output(dbias.as_mut().filter(|_| !in_parts));
             args.output(dweight_part.as_mut());
             args.output(dbias_part.as_mut());
             args.output(Some(&mut part));
@@ -754,38 +834,100 @@ fn gradients<T: Element, P: Element>(
         ),
     }
 
-    fn of_params<T, E: Element>(
-        device: &CudaDevice,
-        dx: Option<CudaSlice<T>>,
-        dweight: Option<CudaSlice<E>>,
-        dbias: Option<CudaSlice<E>>,
-    ) -> GradientSlices<T> {
-        GradientSlices {
-            dx,
-            dweight: dweight.map(|s| wrap(s, device)),
-            dbias: dbias.map(|s| wrap(s, device)),
-        }
+    if !in_parts || (dweight.is_none() && dbias.is_none()) {
+        return Ok(());
     }
-    if direct {
-        return Ok(of_params(device, dx, dweight, dbias));
+    let dweight_part = dweight_part.as_ref().map(|p| p.slice(..));
+    let dbias_part = dbias_part.as_ref().map(|p| p.slice(..));
+    let mut args = Arguments::new(&stream);
+    args.output(dweight.as_mut());
+    args.output(dbias.as_mut());
+    args.input(dweight_part.as_ref());
+    args.input(dbias_part.as_ref());
+    args.i32(plan.parts);
+    args.i32(cols);
+    // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
+    unsafe { args.launch(problem, device, gpu.facts.base, &plan.finalize) }
+}
+
+/// A forward pass over contiguous tensors that runs again and again into the same memory.
+pub(crate) fn forward_kernel(
+    problem: Problem,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+) -> Result<bench::Kernel> {
+    dispatch!("CUDA", problem, T, P => forward_kernel_typed::<T, P>(problem, [xs, weight, bias]))
+}
+
+fn forward_kernel_typed<T: Element, P: Element>(
+    problem: Problem,
+    tensors: [&Tensor; 3],
+) -> Result<bench::Kernel> {
+    let tensors = tensors.map(Tensor::clone);
+    let mut out = None;
+    Ok(Box::new(move || {
+        let locked = tensors.each_ref().map(Tensor::storage_and_layout);
+        let device = tensors[0].device().as_cuda_device()?;
+        let x = view::<T>(&problem, on_cuda(&locked[0])?)?;
+        let weight = view::<P>(&problem, on_cuda(&locked[1])?)?;
+        let bias = view::<P>(&problem, on_cuda(&locked[2])?)?;
+        let gpu = gpu(problem.op_name(), device)?;
+        let access = access(&problem, device, [&x], [&weight, &bias]);
+        let plan = tuning::plan(Direction::Forward, plan::forward, &problem, access, &gpu)?;
+        let out = match &mut out {
+            Some(out) => out,
+            none => none.insert(Normalized::alloc(&problem, device, true)?),
+        };
+        let params = [Some(&weight), Some(&bias)];
+        normalize(&problem, device, &gpu, &plan, out, &x, params, None)
+    }))
+}
+
+/// A backward pass, for all three gradients, in the same way. `mean` and `rstd` are `[rows]`.
+pub(crate) fn backward_kernel(problem: Problem, tensors: [&Tensor; 5]) -> Result<bench::Kernel> {
+    dispatch!("CUDA", problem, T, P => backward_kernel_typed::<T, P>(problem, tensors))
+}
+
+fn backward_kernel_typed<T: Element, P: Element>(
+    problem: Problem,
+    tensors: [&Tensor; 5],
+) -> Result<bench::Kernel> {
+    let wanted = Wanted {
+        dx: true,
+        dweight: true,
+        dbias: true,
+    };
+    let tensors = tensors.map(Tensor::clone);
+    let mut out = None;
+    Ok(Box::new(move || {
+        let locked = tensors.each_ref().map(Tensor::storage_and_layout);
+        let operand = |index: usize| on_cuda(&locked[index]);
+        let args = BackwardArgs {
+            x: operand(0)?,
+            weight: Some(operand(1)?),
+            mean: Some(operand(2)?),
+            rstd: operand(3)?,
+            dy: operand(4)?,
+        };
+        let views = BackwardViews::<T, P>::new(&problem, &args)?;
+        let device = tensors[0].device().as_cuda_device()?;
+        let gpu = gpu(problem.op_name(), device)?;
+        let access = access(&problem, device, [&views.x, &views.dy], &views.weight);
+        let plan = tuning::plan(Direction::Backward, plan::backward, &problem, access, &gpu)?;
+        let out = match &mut out {
+            Some(out) => out,
+            none => none.insert(GradientSlices::alloc(&problem, device, &plan, wanted)?),
+        };
+        gradients(&problem, device, &gpu, &plan, out, &views, None)
+    }))
+}
+
+fn on_cuda<'a>(
+    (storage, layout): &'a (impl Deref<Target = Storage>, &Layout),
+) -> Result<Operand<'a>> {
+    match &**storage {
+        Storage::Cuda(storage) => Ok((storage, layout)),
+        _ => bail!("expected tensors on CUDA"),
     }
-    // One part in the parameters' own dtype is what is wanted.
-    if plan.parts == 1 && problem.param_dtype == problem.stats_dtype() {
-        return Ok(of_params(device, dx, dweight_part, dbias_part));
-    }
-    (dweight, dbias) = (param(wanted.dweight)?, param(wanted.dbias)?);
-    if wanted.dweight || wanted.dbias {
-        let dweight_part = dweight_part.as_ref().map(|p| p.slice(..));
-        let dbias_part = dbias_part.as_ref().map(|p| p.slice(..));
-        let mut args = Arguments::new(&stream);
-        args.output(dweight.as_mut());
-        args.output(dbias.as_mut());
-        args.input(dweight_part.as_ref());
-        args.input(dbias_part.as_ref());
-        args.i32(plan.parts);
-        args.i32(cols);
-        // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
-        unsafe { args.launch(problem, device, gpu.facts.base, &plan.finalize)? };
-    }
-    Ok(of_params(device, dx, dweight, dbias))
 }
