@@ -473,13 +473,8 @@ fn empty_view_behind_its_storage() -> Result<()> {
     let (weight, bias) = (empty(&[2])?, empty(&[2])?);
     let narrowed = |var: &Var| var.narrow(1, 1, 2);
     let ys = ops::layer_norm(&narrowed(&xs)?, &weight, &bias, 1e-5)?;
-    let (zs, sum) = ops::add_layer_norm(
-        &narrowed(&xs)?,
-        &narrowed(&residual)?,
-        &weight,
-        &bias,
-        1e-5,
-    )?;
+    let (zs, sum) =
+        ops::add_layer_norm(&narrowed(&xs)?, &narrowed(&residual)?, &weight, &bias, 1e-5)?;
     let grads = ((ys + zs)?.sum_all()? + sum.sum_all()?)?.backward()?;
     for (var, dims) in [(&xs, [0, 4].as_slice()), (&weight, &[2]), (&bias, &[2])] {
         let Some(gradient) = grads.get(var) else {
