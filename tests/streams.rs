@@ -17,7 +17,7 @@ const SHAPES: [(usize, usize); 5] = [
     (4096, 256),
     (512, 8192),
     (64, 40000),
-    (16, 400_000),
+    (8, 400_000),
     (2, 5_000_000),
 ];
 
@@ -71,7 +71,7 @@ fn check(streams: &[Device]) -> Result<()> {
             let alone = all_bits(&calls[0].run()?)?;
             // One thread, whose calls overlap on the device.
             let mut overlapping = Vec::new();
-            for _ in 0..4 {
+            for _ in 0..2 {
                 for call in &calls {
                     overlapping.push(call.run()?);
                 }
@@ -85,7 +85,7 @@ fn check(streams: &[Device]) -> Result<()> {
                     .iter()
                     .map(|call| {
                         scope.spawn(|| -> Result<Vec<Vec<Vec<u64>>>> {
-                            let outputs = (0..4).map(|_| call.run());
+                            let outputs = (0..2).map(|_| call.run());
                             let outputs = outputs.collect::<Result<Vec<_>>>()?;
                             outputs.iter().map(all_bits).collect()
                         })
