@@ -156,7 +156,10 @@ fn a_training_step_is_captured_in_a_cuda_graph() -> Result<()> {
         };
         let state = || -> Result<Vec<Vec<u64>>> {
             let tensors = [vars[0].as_tensor(), vars[1].as_tensor(), &losses];
-            tensors.into_iter().map(|tensor| Ok(bits(tensor)?)).collect()
+            tensors
+                .into_iter()
+                .map(|tensor| Ok(bits(tensor)?))
+                .collect()
         };
 
         for _ in 0..STEPS {
