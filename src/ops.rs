@@ -192,7 +192,8 @@ pub fn normalize_to_dtype<S: Into<Shape>>(
 /// ```
 ///
 /// # Errors
-/// Those of [the module](self), and for a `residual` that is not like `xs`.
+/// Those of [the module](self), and for a `residual` that is not like `xs`. After a backward pass that failed on its way through this
+/// graph, such as for want of memory, repeat that pass or take a new forward pass: what arrived at `ys` or `sum` is kept for it.
 ///
 /// Source: the `prenorm` of flash-attention's and the fused add of Liger's norms.
 pub fn add_layer_norm(
