@@ -2,6 +2,7 @@
 
 use super::element::{Acc, CHUNK, Element};
 use super::memory::Fresh;
+use super::row::{self, Columns};
 use super::simd::{self, Isa};
 use super::{Operand, TASK_ELEMENTS, for_each, slice, threads_for};
 use crate::add::{AddArgs, AddForward, AddGradients};
@@ -9,6 +10,7 @@ use crate::dropout::Dropout;
 use crate::op::{BackwardArgs, Gradients};
 use crate::problem::{Problem, Wanted, dispatch};
 use candle_core::{CpuStorage, Layout, Result};
+use pulp::Simd;
 use std::iter::zip;
 use std::mem::MaybeUninit;
 
@@ -112,36 +114,62 @@ fn task_of<T: Element>(
     residual: Option<&[T]>,
     sum: &mut [MaybeUninit<T>],
 ) {
-    let (zero, one) = (T::Acc::of_f64(0.), T::Acc::of_f64(1.));
-    // 0 where an element is dropped: it is, whatever its value.
-    let mut factors = [one; CHUNK];
-    let mut buffers: [T::Buffer; 3] = Default::default();
-    let [xs, residuals, sums] = &mut buffers;
+    // No bits where an element is dropped: it is 0, whatever its value.
+    let mut kept = [T::Acc::all_bits(); CHUNK];
+    let scale = T::Acc::of_f64(dropout.map_or(1., |dropout| dropout.scale()));
     for (chunk, (x, sum)) in zip(x.chunks(CHUNK), sum.chunks_mut(CHUNK)).enumerate() {
         let at = chunk * CHUNK;
         if let Some(dropout) = dropout {
-            let (threshold, scale) = (dropout.threshold(), T::Acc::of_f64(dropout.scale()));
+            let (threshold, zero) = (dropout.threshold(), T::Acc::of_f64(0.));
             dropout.for_each_word(first + at, x.len(), |place, word| {
-                factors[place] = if word < threshold { zero } else { scale };
+                kept[place] = if word < threshold {
+                    zero
+                } else {
+                    T::Acc::all_bits()
+                };
             });
         }
-        let x = T::read(isa, x, xs);
-        let slots = T::slots(sum, sums);
-        let kept = |x, factor| if factor == zero { zero } else { x * factor };
-        match residual {
-            Some(residual) => {
-                let residual = T::read(isa, &residual[at..at + x.len()], residuals);
-                for (sum, ((&x, &factor), &residual)) in zip(slots, zip(zip(x, &factors), residual))
-                {
-                    sum.write(kept(x, factor) + residual);
-                }
+        let chunk = Chunk {
+            x,
+            kept: &kept[..x.len()],
+            scale,
+            residual: residual.map(|residual| &residual[at..at + x.len()]),
+            sum,
+        };
+        row::for_each_column(isa, x.len(), chunk);
+    }
+}
+
+struct Chunk<'a, T: Element> {
+    x: &'a [T],
+    kept: &'a [T::Acc],
+    scale: T::Acc,
+    residual: Option<&'a [T]>,
+    sum: &'a mut [MaybeUninit<T>],
+}
+
+impl<T: Element> Columns<T> for Chunk<'_, T> {
+    #[inline(always)]
+    fn at<S: Simd, const STREAM: bool>(
+        &mut self,
+        isa: Isa,
+        simd: S,
+        column: usize,
+        vectors: usize,
+    ) {
+        let lanes = T::Acc::lanes::<S>();
+        let scale = T::Acc::splat(simd, self.scale);
+        for vector in 0..vectors {
+            let first = column + vector * lanes;
+            let here = first..first + lanes;
+            let x = T::load(isa, simd, &self.x[here.clone()]);
+            let kept = T::Acc::load(isa, simd, &self.kept[here.clone()]);
+            let mut sum = T::Acc::and_lanes(simd, T::Acc::mul_lanes(simd, x, scale), kept);
+            if let Some(residual) = self.residual {
+                let residual = T::load(isa, simd, &residual[here.clone()]);
+                sum = T::Acc::add_lanes(simd, sum, residual);
             }
-            None => {
-                for (sum, (&x, &factor)) in zip(slots, zip(x, &factors)) {
-                    sum.write(kept(x, factor));
-                }
-            }
+            T::store::<S, STREAM>(isa, simd, sum, &mut self.sum[here]);
         }
-        T::finish(isa, sums, sum);
     }
 }

@@ -16,10 +16,10 @@ use crate::problem::{Problem, Wanted, dispatch};
 pub(crate) use add::{add_backward, add_forward, dropped};
 use candle_core::{CpuStorage, Result, bail};
 pub(crate) use element::Element;
-use element::{Acc, Sums};
-use memory::{Fresh, zeroed};
+use element::{Acc, CHUNK, Sums};
+use memory::{Fresh, fence, streams, zeroed};
 use rayon::prelude::*;
-use row::{Buffers, GradientRow, GradientScales, Moments, Param, RowStatistics, SEGMENT};
+use row::{GradientRow, GradientScales, Moments, Normalize, Param, RowStatistics, SEGMENT};
 use std::iter::zip;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -238,10 +238,11 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
             return;
         }
         let threads = threads_for(rows * cols);
+        let streams = streams(y, cols);
         if threads == 1 {
-            self.rows(self.x, y, mean, rstd);
+            self.rows(self.x, y, mean, rstd, streams);
         } else if rows < 4 * threads && cols >= 2 * SEGMENT {
-            in_pool(threads, || self.by_columns(threads, y, mean, rstd));
+            in_pool(threads, || self.by_columns(threads, y, mean, rstd, streams));
         } else {
             let task_rows = rows_per_task(self.problem, threads);
             let count = rows.div_ceil(task_rows);
@@ -251,7 +252,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
             let rstd = chunks_of(rstd, task_rows, count);
             let tasks = zip(zip(x, y), zip(mean, rstd)).collect();
             for_each(threads, tasks, |((x, y), (mean, rstd))| {
-                self.rows(x, y, mean, rstd);
+                self.rows(x, y, mean, rstd, streams);
             });
         }
     }
@@ -262,18 +263,43 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
         y: &mut [MaybeUninit<T>],
         mean: &mut [MaybeUninit<T::Acc>],
         rstd: &mut [MaybeUninit<T::Acc>],
+        streams: bool,
     ) {
         let cols = self.problem.cols;
         simd::dispatch(
             #[inline(always)]
             |isa| {
-                let mut buffers = Buffers::new();
-                for (row, (x, y)) in zip(x.chunks(cols), y.chunks_mut(cols)).enumerate() {
-                    let moments = row::moments(isa, self.problem, x, &mut buffers.x);
-                    let stats = RowStatistics::new(self.problem, moments);
-                    row::normalize(isa, x, stats, self.weight, self.bias, y, &mut buffers);
-                    keep(stats, row, mean, rstd);
+                let pairs = zip(x.chunks(2 * cols), y.chunks_mut(2 * cols));
+                for (first, (of_pair, y)) in zip((0..).step_by(2), pairs) {
+                    let next = x.get((first + 2) * cols..).unwrap_or_default();
+                    let mut pair = [const { None }; 2];
+                    let rows = zip(of_pair.chunks(cols), y.chunks_mut(cols));
+                    for ((row, (x, y)), slot) in zip(rows.enumerate(), &mut pair) {
+                        let moments = row::moments(isa, self.problem, x);
+                        let stats = RowStatistics::new(self.problem, moments);
+                        keep(stats, first + row, mean, rstd);
+                        *slot = Some((x, y, stats));
+                    }
+                    for block in 0..=cols.div_ceil(CHUNK) {
+                        for (row, slot) in pair.iter_mut().enumerate() {
+                            let Some((x, y, stats)) = slot else { break };
+                            let columns = row::block(y, block);
+                            if columns.is_empty() {
+                                continue;
+                            }
+                            let normalize = Normalize {
+                                x: &x[columns.clone()],
+                                stats: *stats,
+                                weight: self.weight.from(columns.start),
+                                bias: self.bias.from(columns.start),
+                                next: next.get(row * cols + columns.start..).unwrap_or_default(),
+                                y: &mut y[columns],
+                            };
+                            normalize.run(isa, streams);
+                        }
+                    }
                 }
+                finish(streams);
             },
         );
     }
@@ -285,6 +311,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
         y: &mut [MaybeUninit<T>],
         mean: &mut [MaybeUninit<T::Acc>],
         rstd: &mut [MaybeUninit<T::Acc>],
+        streams: bool,
     ) {
         let cols = self.problem.cols;
         let segments = cols.div_ceil(SEGMENT);
@@ -300,7 +327,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
                 let x = &x[segment_of(index)];
                 simd::dispatch(
                     #[inline(always)]
-                    |isa| row::segment_moments(isa, self.problem, x, &mut Default::default()),
+                    |isa| row::segment_moments(isa, self.problem, x),
                 )
             });
             let stats: Vec<_> = moments
@@ -332,12 +359,28 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
                     #[inline(always)]
                     |isa| {
                         let stats = stats[index / segments];
-                        row::normalize(isa, x, stats, weight, bias, y, &mut Buffers::new());
+                        let normalize = Normalize {
+                            x,
+                            stats,
+                            weight,
+                            bias,
+                            y,
+                            next: &[],
+                        };
+                        normalize.run(isa, streams);
+                        finish(streams);
                     },
                 );
             });
             first_row += rows;
         }
+    }
+}
+
+/// The end of a task's writes.
+fn finish(streams: bool) {
+    if streams {
+        fence();
     }
 }
 
@@ -436,11 +479,12 @@ where
             return;
         }
         let threads = threads_for(rows * cols);
+        let streams = streams(dx, cols);
         in_pool(threads, || {
             if by_columns(self.problem) {
-                self.by_columns(threads, dx, dweight, dbias);
+                self.by_columns(threads, dx, dweight, dbias, streams);
             } else {
-                self.by_rows(threads, dx, dweight, dbias);
+                self.by_rows(threads, dx, dweight, dbias, streams);
             }
         });
     }
@@ -467,6 +511,7 @@ where
         dx: &mut [MaybeUninit<T>],
         dweight: &mut [MaybeUninit<P>],
         dbias: &mut [MaybeUninit<P>],
+        streams: bool,
     ) {
         let Problem { rows, cols, .. } = *self.problem;
         let blocks = (rows / ROWS_PER_PARTIAL)
@@ -483,7 +528,8 @@ where
         for_each(threads, tasks, |(block, (dx, part))| {
             let first = block * block_rows;
             let (dweight, dbias) = zeroed(part).split_at_mut(dweight.len());
-            self.block(first..rows.min(first + block_rows), dx, dweight, dbias);
+            let block = first..rows.min(first + block_rows);
+            self.block(block, dx, dweight, dbias, streams);
         });
         // SAFETY: each task wrote its part.
         let partials = unsafe { partials.assume_written() };
@@ -504,7 +550,7 @@ where
                     for part in partials.chunks_exact(width) {
                         row::add(total, &part[offset..][..out.len()]);
                     }
-                    P::round(isa, total, out);
+                    row::round(isa, total, out);
                 },
             );
         });
@@ -517,31 +563,36 @@ where
         dx: &mut [MaybeUninit<T>],
         dweight: &mut [T::Acc],
         dbias: &mut [T::Acc],
+        streams: bool,
     ) {
         let cols = self.problem.cols;
         simd::dispatch(
             #[inline(always)]
             |isa| {
-                let mut buffers = Buffers::new();
+                let end = rows.end;
                 let mut dx = chunks_of(dx, cols, rows.len());
                 for row in rows {
                     let (x, dy) = self.row(row, 0..cols);
                     let stats = self.stats(row);
                     let sums = if self.wanted.dx {
-                        row::gradient_sums(isa, x, dy, stats, self.weight, &mut buffers)
+                        row::gradient_sums(isa, x, dy, stats, self.weight)
                     } else {
                         Sums::default()
                     };
-                    let scales = GradientScales::new(self.problem, sums);
-                    let row = GradientRow {
+                    let gradients = GradientRow {
                         x,
                         dy,
                         stats,
-                        scales,
+                        scales: GradientScales::new(self.problem, sums),
+                        weight: self.weight,
+                        dx: dx.next().unwrap_or_default(),
+                        dweight,
+                        dbias,
+                        next: self.row((row + 1).min(end - 1), 0..cols),
                     };
-                    let dx = dx.next().unwrap_or_default();
-                    row::gradients(isa, &row, self.weight, dx, dweight, dbias, &mut buffers);
+                    gradients.run(isa, streams);
                 }
+                finish(streams);
             },
         );
     }
@@ -554,6 +605,7 @@ where
         dx: &mut [MaybeUninit<T>],
         dweight: &mut [MaybeUninit<P>],
         dbias: &mut [MaybeUninit<P>],
+        streams: bool,
     ) {
         let Problem { rows, cols, .. } = *self.problem;
         let group = match rows_per_group(self.problem, threads, 2) {
@@ -577,9 +629,9 @@ where
             let mut dx_of: Vec<Vec<_>> = (0..strips)
                 .map(|_| Vec::with_capacity(scales.len()))
                 .collect();
-            for dx in dx_rows.by_ref().take(scales.len()) {
+            for (scales, dx) in zip(scales, &mut dx_rows) {
                 for (of, dx) in zip(&mut dx_of, chunks_of(dx, strip, strips)) {
-                    of.push(dx);
+                    of.push((scales, dx));
                 }
             }
             let params = zip(
@@ -601,10 +653,10 @@ where
                 self.strip(
                     columns,
                     rows_here.clone(),
-                    &scales,
                     dx,
                     so_far,
                     last.then_some(out),
+                    streams,
                 );
             });
         }
@@ -624,14 +676,7 @@ where
             simd::dispatch(
                 #[inline(always)]
                 |isa| {
-                    row::gradient_segment_sums(
-                        isa,
-                        x,
-                        dy,
-                        self.stats(row),
-                        self.weight.from(start),
-                        &mut Buffers::new(),
-                    )
+                    row::gradient_segment_sums(isa, x, dy, self.stats(row), self.weight.from(start))
                 },
             )
         });
@@ -649,15 +694,14 @@ where
         &self,
         columns: Range<usize>,
         rows: Range<usize>,
-        scales: &[GradientScales<T::Acc>],
-        mut dx: Vec<&mut [MaybeUninit<T>]>,
+        mut dx: Vec<ScaledRow<'_, T>>,
         (dweight_so_far, dbias_so_far): Pair<'_, T::Acc>,
         mut out: Option<Pair<'_, MaybeUninit<P>>>,
+        streams: bool,
     ) {
         simd::dispatch(
             #[inline(always)]
             |isa| {
-                let mut buffers = Buffers::new();
                 let starts = (0..columns.len()).step_by(STRIP);
                 for start in starts.rev() {
                     let end = columns.len().min(start + STRIP);
@@ -674,25 +718,29 @@ where
                     if !dbias_so_far.is_empty() {
                         dbias.copy_from_slice(&dbias_so_far[start..end]);
                     }
-                    for (row, (&scales, dx)) in zip(rows.clone(), zip(scales, &mut dx)) {
-                        let (x, dy) = self.row(row, columns.start + start..columns.start + end);
-                        let stats = self.stats(row);
-                        let row = GradientRow {
+                    for (row, (scales, dx)) in zip(rows.clone(), &mut dx) {
+                        let here = columns.start + start..columns.start + end;
+                        let (x, dy) = self.row(row, here.clone());
+                        let gradients = GradientRow {
                             x,
                             dy,
-                            stats,
-                            scales,
+                            stats: self.stats(row),
+                            scales: *scales,
+                            weight,
+                            dx: dx.get_mut(start..end).unwrap_or_default(),
+                            dweight,
+                            dbias,
+                            next: self.row((row + 1).min(rows.end - 1), here),
                         };
-                        let dx = dx.get_mut(start..end).unwrap_or_default();
-                        row::gradients(isa, &row, weight, dx, dweight, dbias, &mut buffers);
+                        gradients.run(isa, streams);
                     }
                     match &mut out {
                         Some((dweight_out, dbias_out)) => {
                             if self.wanted.dweight {
-                                P::round(isa, dweight, &mut dweight_out[start..end]);
+                                row::round(isa, dweight, &mut dweight_out[start..end]);
                             }
                             if self.wanted.dbias {
-                                P::round(isa, dbias, &mut dbias_out[start..end]);
+                                row::round(isa, dbias, &mut dbias_out[start..end]);
                             }
                         }
                         None => {
@@ -710,8 +758,14 @@ where
     }
 }
 
+/// A row of dx, or a part of it, and what it takes.
+type ScaledRow<'a, T> = (
+    GradientScales<<T as Element>::Acc>,
+    &'a mut [MaybeUninit<T>],
+);
+
 /// Whether rows are too few or too wide to be the axis of parallelism. Depends on the shape alone, as the order of the
 /// sums over rows does.
 fn by_columns(problem: &Problem) -> bool {
-    problem.cols >= 4 * SEGMENT || (problem.rows < 256 && problem.cols >= STRIP)
+    problem.cols >= 64 * SEGMENT || (problem.rows < 256 && problem.cols >= STRIP)
 }

@@ -1,15 +1,19 @@
-//! One row's maths, a chunk of columns at a time.
+//! One row's maths.
 //!
-//! Sums: running sums of vectors within a chunk, whose totals are added in f64 over a segment's chunks and then over a
-//! row's segments, in order. Whoever computes the segments, the result is the same.
+//! Sums: running sums of vectors within a chunk of columns, whose totals are added in f64 over a segment's chunks and then over
+//! a row's segments, in order. Whoever computes the segments, the result is the same. Elements are rounded alike in vectors and
+//! one at a time: where a row lies in memory does not matter.
 
 use super::SERIAL_ELEMENTS;
-use super::element::{Acc, CHUNK, Element, Sums};
-use super::simd::Isa;
+use super::element::{Acc, CHUNK, Element, Sums, Vector, lanes_of};
+use super::memory::{LINE, WIDE, prefetch};
+use super::simd::{Isa, with_vectors};
 use crate::problem::Problem;
+use pulp::Simd;
 use rayon::prelude::*;
 use std::iter::zip;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The unit of sums over a row: what a second look finds in the second-level cache.
 pub(crate) const SEGMENT: usize = 8 * CHUNK;
@@ -20,21 +24,21 @@ const HEAD: usize = 64;
 #[derive(Clone, Copy)]
 pub(crate) struct Param<'a, P: Element> {
     values: Option<&'a [P]>,
-    constant: &'static [P::Acc; CHUNK],
+    constant: &'static [P; LINE],
 }
 
 impl<'a, P: Element> Param<'a, P> {
     pub fn weight(values: Option<&'a [P]>) -> Self {
         Self {
             values,
-            constant: P::Acc::ONES,
+            constant: P::ONES,
         }
     }
 
     pub fn bias(values: Option<&'a [P]>) -> Self {
         Self {
             values,
-            constant: P::Acc::ZEROS,
+            constant: P::ZEROS,
         }
     }
 
@@ -58,17 +62,11 @@ impl<'a, P: Element> Param<'a, P> {
         }
     }
 
-    /// A chunk of `len` columns.
+    /// Of `len` columns, which are a line's at most.
     #[inline(always)]
-    fn read<'b>(
-        &'b self,
-        isa: Isa,
-        column: usize,
-        len: usize,
-        buffer: &'b mut P::Buffer,
-    ) -> &'b [P::Acc] {
+    fn at(self, column: usize, len: usize) -> &'a [P] {
         match self.values {
-            Some(values) => P::read(isa, &values[column..column + len], buffer),
+            Some(values) => &values[column..column + len],
             None => &self.constant[..len],
         }
     }
@@ -82,8 +80,14 @@ pub(crate) struct RowStatistics<A> {
 
 impl<A: Acc> RowStatistics<A> {
     #[inline(always)]
+    fn xhat<S: Simd>(self, simd: S, x: A::Vector<S>) -> A::Vector<S> {
+        let d = A::sub_lanes(simd, x, A::splat(simd, self.mean));
+        A::mul_lanes(simd, d, A::splat(simd, self.rstd))
+    }
+
+    #[inline(always)]
     pub fn new(problem: &Problem, moments: Moments) -> Self {
-        let var = moments.square / moments.count.max(1.);
+        let var = moments.square * (1. / moments.count.max(1.));
         Self {
             mean: A::of_f64(moments.mean),
             rstd: A::of_f64(1. / (var + problem.eps).sqrt()),
@@ -116,15 +120,14 @@ impl Moments {
 }
 
 #[inline(always)]
-pub(crate) fn moments<T: Element>(
-    isa: Isa,
-    problem: &Problem,
-    x: &[T],
-    buffer: &mut T::Buffer,
-) -> Moments {
-    let mut total = Moments::default();
-    for x in x.chunks(SEGMENT) {
-        total = total.with(segment_moments(isa, problem, x, buffer));
+pub(crate) fn moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) -> Moments {
+    let mut segments = x.chunks(SEGMENT).map(
+        #[inline(always)]
+        |x| segment_moments(isa, problem, x),
+    );
+    let mut total = segments.next().unwrap_or_default();
+    for segment in segments {
+        total = total.with(segment);
     }
     total
 }
@@ -132,34 +135,33 @@ pub(crate) fn moments<T: Element>(
 /// One pass about a provisional mean, that of the first elements. Where it is further from the mean than half a standard
 /// deviation, the difference below would cancel, and a second pass goes about the mean.
 #[inline(always)]
-pub(crate) fn segment_moments<T: Element>(
-    isa: Isa,
-    problem: &Problem,
-    x: &[T],
-    buffer: &mut T::Buffer,
-) -> Moments {
+pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) -> Moments {
     let count = x.len() as f64;
     let zero = T::Acc::of_f64(0.);
     if !problem.remove_mean {
-        let Sums(_, square) = deviations(isa, x, zero, buffer);
+        let Sums(_, square) = deviations(isa, x, zero);
         return Moments {
             count,
             mean: 0.,
             square,
         };
     }
-    let head = T::read(isa, &x[..x.len().min(HEAD)], buffer);
-    let mut center = T::Acc::of_f64(T::Acc::deviations(isa, head, zero).0 / head.len() as f64);
+    let head = &x[..x.len().min(HEAD)];
+    // Reciprocals do not wait for the sums.
+    let (of_head, inv_count) = (1. / head.len() as f64, 1. / count);
+    let mut center = T::Acc::of_f64(deviations(isa, head, zero).0 * of_head);
     let mut passes = 0;
     loop {
-        let sums = deviations(isa, x, center, buffer);
-        let rest = sums.0 / count;
+        let sums = deviations(isa, x, center);
+        let rest = sums.0 * inv_count;
         let between = sums.0 * rest;
         let mean = center.in_f64() + rest;
         let far = between > 0.25 * (sums.1 - between);
         passes += 1;
         if !far || passes == 2 {
-            let square = (sums.1 - between).max(0.);
+            let square = sums.1 - between;
+            // Not `max`, which makes 0 of what an infinity leaves.
+            let square = if square < 0. { 0. } else { square };
             return Moments {
                 count,
                 mean,
@@ -172,76 +174,171 @@ pub(crate) fn segment_moments<T: Element>(
 
 /// The sums of (x - center) and (x - center)^2.
 #[inline(always)]
-fn deviations<T: Element>(isa: Isa, x: &[T], center: T::Acc, buffer: &mut T::Buffer) -> Sums {
+fn deviations<T: Element>(isa: Isa, x: &[T], center: T::Acc) -> Sums {
     let mut total = Sums::default();
     for x in x.chunks(CHUNK) {
-        total += T::Acc::deviations(isa, T::read(isa, x, buffer), center);
+        total += with_vectors!(isa, simd => chunk_deviations(isa, simd, x, center));
     }
     total
 }
 
-/// Room for what a kernel converts.
-pub(crate) struct Buffers<T: Element, P: Element> {
-    pub x: T::Buffer,
-    dy: T::Buffer,
-    out: T::Buffer,
-    weight: P::Buffer,
-    bias: P::Buffer,
+/// Running sums of vectors, which hide the latency of an addition.
+const SUMS: usize = 4;
+
+#[inline(always)]
+fn chunk_deviations<T: Element, S: Simd>(isa: Isa, simd: S, x: &[T], center: T::Acc) -> Sums {
+    let lanes = T::Acc::lanes::<S>();
+    let centers = T::Acc::splat(simd, center);
+    let zero = T::Acc::splat(simd, T::Acc::of_f64(0.));
+    let (mut sum, mut square) = ([zero; SUMS], [zero; SUMS]);
+    let mut fours = x.chunks_exact(SUMS * lanes);
+    for x in &mut fours {
+        for i in 0..SUMS {
+            let d = T::Acc::sub_lanes(simd, T::load(isa, simd, &x[i * lanes..][..lanes]), centers);
+            sum[i] = T::Acc::add_lanes(simd, sum[i], d);
+            square[i] = T::Acc::mul_add_lanes(simd, d, d, square[i]);
+        }
+    }
+    let mut ones = fours.remainder().chunks_exact(lanes);
+    for x in &mut ones {
+        let d = T::Acc::sub_lanes(simd, T::load(isa, simd, x), centers);
+        sum[0] = T::Acc::add_lanes(simd, sum[0], d);
+        square[0] = T::Acc::mul_add_lanes(simd, d, d, square[0]);
+    }
+    let mut total = Sums(T::Acc::total(simd, sum), T::Acc::total(simd, square));
+    for &x in ones.remainder() {
+        let d = x.widen() - center;
+        total += Sums(d.in_f64(), (d * d).in_f64());
+    }
+    total
 }
 
-impl<T: Element, P: Element> Buffers<T, P> {
-    #[inline(always)]
-    pub fn new() -> Self {
-        Self {
-            x: Default::default(),
-            dy: Default::default(),
-            out: Default::default(),
-            weight: Default::default(),
-            bias: Default::default(),
-        }
+/// What is computed a column at a time.
+pub(crate) trait Columns<T> {
+    /// At `vectors` times as many columns as a vector has lanes, all of a line at most.
+    fn at<S: Simd, const STREAM: bool>(&mut self, isa: Isa, simd: S, column: usize, vectors: usize);
+    /// Asks for what is read at this column of the next row.
+    fn prefetch(&self, _column: usize) {}
+}
+
+/// All of `len` columns, of which the output's first `head` lie before a cache line.
+#[inline(always)]
+fn for_columns<T: Element, S: Simd, W: Columns<T>, const STREAM: bool>(
+    isa: Isa,
+    simd: S,
+    len: usize,
+    head: usize,
+    work: &mut W,
+) {
+    let line = LINE / size_of::<T>();
+    let mut column = head.min(len);
+    part_of(isa, simd, 0..column, work);
+    while column + line <= len {
+        work.prefetch(column);
+        work.at::<S, STREAM>(isa, simd, column, line / T::Acc::lanes::<S>());
+        column += line;
+    }
+    part_of(isa, simd, column..len, work);
+}
+
+/// Columns of which there are less than a line.
+#[inline(always)]
+fn part_of<T: Element, S: Simd>(
+    isa: Isa,
+    simd: S,
+    columns: Range<usize>,
+    work: &mut impl Columns<T>,
+) {
+    let lanes = T::Acc::lanes::<S>();
+    let mut column = columns.start;
+    while column + lanes <= columns.end {
+        work.at::<S, false>(isa, simd, column, 1);
+        column += lanes;
+    }
+    while column < columns.end {
+        work.at::<_, false>(isa, pulp::Scalar, column, 1);
+        column += 1;
+    }
+}
+
+/// All of `len` columns.
+#[inline(always)]
+pub(crate) fn for_each_column<T: Element>(isa: Isa, len: usize, mut work: impl Columns<T>) {
+    with_vectors!(isa, simd => for_columns::<T, _, _, false>(isa, simd, len, 0, &mut work));
+}
+
+/// Elements before the first cache line that starts in a wide row. Writes past the caches are of whole lines; others that cross
+/// lines take twice as long, and allocators put large tensors 16 bytes after the start of a page.
+#[inline(always)]
+fn head_of<T>(row: &[T]) -> usize {
+    if size_of_val(row) < WIDE {
+        return 0;
+    }
+    row.as_ptr().align_offset(LINE)
+}
+
+/// The columns of a block of a row, of which there is one more than [`CHUNK`]s: all but the first start at a cache line.
+#[inline(always)]
+pub(crate) fn block<T>(row: &[T], index: usize) -> Range<usize> {
+    let head = head_of(row);
+    let end = |blocks| row.len().min(head + blocks * CHUNK);
+    match index {
+        0 => 0..end(1),
+        index => end(index)..end(index + 1),
     }
 }
 
 /// y = (x - mean) * rstd * weight + bias.
-#[inline(always)]
-pub(crate) fn normalize<T: Element, P: Element<Acc = T::Acc>>(
-    isa: Isa,
-    x: &[T],
-    stats: RowStatistics<T::Acc>,
-    weight: Param<'_, P>,
-    bias: Param<'_, P>,
-    y: &mut [MaybeUninit<T>],
-    buffers: &mut Buffers<T, P>,
-) {
-    let mut column = 0;
-    while column < x.len() {
-        let end = chunk_end(column, y);
-        let (len, x, y) = (end - column, &x[column..end], &mut y[column..end]);
-        let weight = weight.read(isa, column, len, &mut buffers.weight);
-        let bias = bias.read(isa, column, len, &mut buffers.bias);
-        if T::converts_in_loops(isa) {
-            normalize_chunk(x, stats, weight, bias, y);
+pub(crate) struct Normalize<'a, T: Element, P: Element> {
+    pub x: &'a [T],
+    pub stats: RowStatistics<T::Acc>,
+    pub weight: Param<'a, P>,
+    pub bias: Param<'a, P>,
+    pub y: &'a mut [MaybeUninit<T>],
+    /// Where the next row is.
+    pub next: &'a [T],
+}
+
+impl<T: Element, P: Element<Acc = T::Acc>> Normalize<'_, T, P> {
+    #[inline(always)]
+    pub fn run(mut self, isa: Isa, streams: bool) {
+        let (len, head) = (self.x.len(), head_of(self.y));
+        with_vectors!(isa, simd => if streams {
+            for_columns::<T, _, _, true>(isa, simd, len, head, &mut self);
         } else {
-            let x = T::read(isa, x, &mut buffers.x);
-            normalize_chunk(x, stats, weight, bias, T::slots(y, &mut buffers.out));
-            T::finish(isa, &buffers.out, y);
-        }
-        column = end;
+            for_columns::<T, _, _, false>(isa, simd, len, head, &mut self);
+        });
     }
 }
 
-#[inline(always)]
-fn normalize_chunk<T: Element>(
-    x: &[T],
-    stats: RowStatistics<T::Acc>,
-    weight: &[T::Acc],
-    bias: &[T::Acc],
-    y: &mut [MaybeUninit<T>],
-) {
-    for (y, (&x, (&weight, &bias))) in zip(y, zip(x, zip(weight, bias))) {
-        y.write(T::narrow(
-            (x.widen() - stats.mean) * stats.rstd * weight + bias,
-        ));
+impl<T: Element, P: Element<Acc = T::Acc>> Columns<T> for Normalize<'_, T, P> {
+    #[inline(always)]
+    fn at<S: Simd, const STREAM: bool>(
+        &mut self,
+        isa: Isa,
+        simd: S,
+        column: usize,
+        vectors: usize,
+    ) {
+        let lanes = T::Acc::lanes::<S>();
+        let len = vectors * lanes;
+        let x = &self.x[column..column + len];
+        let y = &mut self.y[column..column + len];
+        let (weight, bias) = (self.weight.at(column, len), self.bias.at(column, len));
+        for vector in 0..vectors {
+            let first = vector * lanes;
+            let x = T::load(isa, simd, &x[first..first + lanes]);
+            let weight = P::load(isa, simd, &weight[first..first + lanes]);
+            let bias = P::load(isa, simd, &bias[first..first + lanes]);
+            let scaled = T::Acc::mul_lanes(simd, self.stats.xhat(simd, x), weight);
+            let value = T::Acc::add_lanes(simd, scaled, bias);
+            T::store::<S, STREAM>(isa, simd, value, &mut y[first..first + lanes]);
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, column: usize) {
+        prefetch(self.next, column);
     }
 }
 
@@ -253,12 +350,11 @@ pub(crate) fn gradient_sums<T: Element, P: Element<Acc = T::Acc>>(
     dy: &[T],
     stats: RowStatistics<T::Acc>,
     weight: Param<'_, P>,
-    buffers: &mut Buffers<T, P>,
 ) -> Sums {
     let mut total = Sums::default();
     for (segment, (x, dy)) in zip(x.chunks(SEGMENT), dy.chunks(SEGMENT)).enumerate() {
         let weight = weight.from(segment * SEGMENT);
-        total += gradient_segment_sums(isa, x, dy, stats, weight, buffers);
+        total += gradient_segment_sums(isa, x, dy, stats, weight);
     }
     total
 }
@@ -270,20 +366,84 @@ pub(crate) fn gradient_segment_sums<T: Element, P: Element<Acc = T::Acc>>(
     dy: &[T],
     stats: RowStatistics<T::Acc>,
     weight: Param<'_, P>,
-    buffers: &mut Buffers<T, P>,
 ) -> Sums {
     let mut total = Sums::default();
     for (chunk, (x, dy)) in zip(x.chunks(CHUNK), dy.chunks(CHUNK)).enumerate() {
-        total += T::Acc::products(
-            isa,
-            T::read(isa, x, &mut buffers.x),
-            T::read(isa, dy, &mut buffers.dy),
-            weight.read(isa, chunk * CHUNK, x.len(), &mut buffers.weight),
-            stats.mean,
-            stats.rstd,
-        );
+        let weight = weight.from(chunk * CHUNK);
+        total += with_vectors!(isa, simd => chunk_gradient_sums(isa, simd, x, dy, stats, weight));
     }
     total
+}
+
+#[inline(always)]
+fn chunk_gradient_sums<T: Element, P: Element<Acc = T::Acc>, S: Simd>(
+    isa: Isa,
+    simd: S,
+    x: &[T],
+    dy: &[T],
+    stats: RowStatistics<T::Acc>,
+    weight: Param<'_, P>,
+) -> Sums {
+    let lanes = T::Acc::lanes::<S>();
+    let zero = T::Acc::splat(simd, T::Acc::of_f64(0.));
+    let (mut sum, mut product) = ([zero; SUMS], [zero; SUMS]);
+    let mut column = 0;
+    while column + SUMS * lanes <= x.len() {
+        let of = Products::new(x, dy, weight, column, SUMS * lanes);
+        for i in 0..SUMS {
+            let (g, xhat) = of.at(isa, simd, stats, i * lanes);
+            sum[i] = T::Acc::add_lanes(simd, sum[i], g);
+            product[i] = T::Acc::mul_add_lanes(simd, g, xhat, product[i]);
+        }
+        column += SUMS * lanes;
+    }
+    while column + lanes <= x.len() {
+        let (g, xhat) = Products::new(x, dy, weight, column, lanes).at(isa, simd, stats, 0);
+        sum[0] = T::Acc::add_lanes(simd, sum[0], g);
+        product[0] = T::Acc::mul_add_lanes(simd, g, xhat, product[0]);
+        column += lanes;
+    }
+    let mut total = Sums(T::Acc::total(simd, sum), T::Acc::total(simd, product));
+    for column in column..x.len() {
+        let (g, xhat) = Products::new(x, dy, weight, column, 1).at(isa, pulp::Scalar, stats, 0);
+        let [g, xhat] = [g, xhat].map(|one| lanes_of::<T::Acc, pulp::Scalar>(&one)[0]);
+        total += Sums(g.in_f64(), (g * xhat).in_f64());
+    }
+    total
+}
+
+/// Some columns of a row, and what is summed over them.
+struct Products<'a, T, P> {
+    x: &'a [T],
+    dy: &'a [T],
+    weight: &'a [P],
+}
+
+impl<'a, T: Element, P: Element<Acc = T::Acc>> Products<'a, T, P> {
+    #[inline(always)]
+    fn new(x: &'a [T], dy: &'a [T], weight: Param<'a, P>, column: usize, len: usize) -> Self {
+        Self {
+            x: &x[column..column + len],
+            dy: &dy[column..column + len],
+            weight: weight.at(column, len),
+        }
+    }
+
+    /// dy*weight and xhat.
+    #[inline(always)]
+    fn at<S: Simd>(
+        &self,
+        isa: Isa,
+        simd: S,
+        stats: RowStatistics<T::Acc>,
+        column: usize,
+    ) -> (Vector<T, S>, Vector<T, S>) {
+        let columns = column..column + T::Acc::lanes::<S>();
+        let x = T::load(isa, simd, &self.x[columns.clone()]);
+        let dy = T::load(isa, simd, &self.dy[columns.clone()]);
+        let weight = P::load(isa, simd, &self.weight[columns]);
+        (T::Acc::mul_lanes(simd, dy, weight), stats.xhat(simd, x))
+    }
 }
 
 /// The means over a row's columns of dy*weight (0 for RMSNorm) and of dy*weight*xhat.
@@ -303,109 +463,95 @@ impl<A: Acc> GradientScales<A> {
             mean_g_xhat: A::of_f64(sums.1 * inv_cols),
         }
     }
+
+    /// Of g = dy*weight.
+    #[inline(always)]
+    fn dx<S: Simd>(self, simd: S, rstd: A, g: A::Vector<S>, xhat: A::Vector<S>) -> A::Vector<S> {
+        let along = A::mul_lanes(simd, xhat, A::splat(simd, self.mean_g_xhat));
+        let rest = A::sub_lanes(simd, g, A::splat(simd, self.mean_g));
+        let rest = A::sub_lanes(simd, rest, along);
+        A::mul_lanes(simd, rest, A::splat(simd, rstd))
+    }
 }
 
-/// A row's columns, or some of them, and what is known of the row.
-pub(crate) struct GradientRow<'a, T: Element> {
+/// dx = (dy*weight - mean_g - xhat * mean_g_xhat) * rstd, dweight += dy * xhat and dbias += dy, each where it is not
+/// empty, of a row's columns or some of them.
+pub(crate) struct GradientRow<'a, T: Element, P: Element> {
     pub x: &'a [T],
     pub dy: &'a [T],
     pub stats: RowStatistics<T::Acc>,
     pub scales: GradientScales<T::Acc>,
+    pub weight: Param<'a, P>,
+    pub dx: &'a mut [MaybeUninit<T>],
+    pub dweight: &'a mut [T::Acc],
+    pub dbias: &'a mut [T::Acc],
+    /// Where the next row's x and dy are.
+    pub next: (&'a [T], &'a [T]),
 }
 
-/// dx = (dy*weight - mean_g - xhat * mean_g_xhat) * rstd, dweight += dy * xhat and dbias += dy, each where it is not
-/// empty.
-#[inline(always)]
-pub(crate) fn gradients<T: Element, P: Element<Acc = T::Acc>>(
-    isa: Isa,
-    row: &GradientRow<'_, T>,
-    weight: Param<'_, P>,
-    dx: &mut [MaybeUninit<T>],
-    dweight: &mut [T::Acc],
-    dbias: &mut [T::Acc],
-    buffers: &mut Buffers<T, P>,
-) {
-    let (stats, scales) = (row.stats, row.scales);
-    let mut column = 0;
-    while column < row.x.len() {
-        let end = chunk_end(column, row.x);
-        let (columns, len) = (column..end, end - column);
-        let (x, dy) = (&row.x[columns.clone()], &row.dy[columns.clone()]);
-        let weight = weight.read(isa, column, len, &mut buffers.weight);
-        let dweight = dweight.get_mut(columns.clone()).unwrap_or_default();
-        let dbias = dbias.get_mut(columns.clone()).unwrap_or_default();
-        let dx = dx.get_mut(columns).unwrap_or_default();
-        if T::converts_in_loops(isa) {
-            gradients_of_chunk(x, dy, weight, stats, scales, dx, dweight, dbias);
+impl<T: Element, P: Element<Acc = T::Acc>> GradientRow<'_, T, P> {
+    #[inline(always)]
+    pub fn run(mut self, isa: Isa, streams: bool) {
+        let (len, head) = (self.x.len(), head_of(self.dx));
+        with_vectors!(isa, simd => if streams {
+            for_columns::<T, _, _, true>(isa, simd, len, head, &mut self);
         } else {
-            let x = T::read(isa, x, &mut buffers.x);
-            let dy = T::read(isa, dy, &mut buffers.dy);
-            let slots = T::slots(dx, &mut buffers.out);
-            gradients_of_chunk(x, dy, weight, stats, scales, slots, dweight, dbias);
-            T::finish(isa, &buffers.out, dx);
-        }
-        column = end;
+            for_columns::<T, _, _, false>(isa, simd, len, head, &mut self);
+        });
     }
 }
 
-/// Where a chunk ends that starts at `column`. The first one of a wide row is short, so that the vectors of the others do
-/// not cross cache lines: allocators put large tensors 16 bytes after the start of a page.
-#[inline(always)]
-fn chunk_end<T>(column: usize, row: &[T]) -> usize {
-    let len = if column == 0 && row.len() >= CHUNK / 2 {
-        match row.as_ptr().align_offset(64) {
-            0 => CHUNK,
-            short => short.min(CHUNK),
+impl<T: Element, P: Element<Acc = T::Acc>> Columns<T> for GradientRow<'_, T, P> {
+    #[inline(always)]
+    fn at<S: Simd, const STREAM: bool>(
+        &mut self,
+        isa: Isa,
+        simd: S,
+        column: usize,
+        vectors: usize,
+    ) {
+        let (stats, scales) = (self.stats, self.scales);
+        let lanes = T::Acc::lanes::<S>();
+        let len = vectors * lanes;
+        let columns = column..column + len;
+        let (x, dy) = (&self.x[columns.clone()], &self.dy[columns.clone()]);
+        let weight = self.weight.at(column, len);
+        let mut dweight = self.dweight.get_mut(columns.clone());
+        let mut dbias = self.dbias.get_mut(columns.clone());
+        let mut dx = self.dx.get_mut(columns);
+        for vector in 0..vectors {
+            let first = vector * lanes;
+            let here = first..first + lanes;
+            let dy = T::load(isa, simd, &dy[here.clone()]);
+            let xhat = stats.xhat(simd, T::load(isa, simd, &x[here.clone()]));
+            if let Some(dweight) = &mut dweight {
+                let of_row = T::Acc::mul_lanes(simd, dy, xhat);
+                accumulate::<T::Acc, S>(isa, simd, &mut dweight[here.clone()], of_row);
+            }
+            if let Some(dbias) = &mut dbias {
+                accumulate::<T::Acc, S>(isa, simd, &mut dbias[here.clone()], dy);
+            }
+            if let Some(dx) = &mut dx {
+                let weight = P::load(isa, simd, &weight[here.clone()]);
+                let g = T::Acc::mul_lanes(simd, dy, weight);
+                let value = scales.dx(simd, stats.rstd, g, xhat);
+                T::store::<S, STREAM>(isa, simd, value, &mut dx[here]);
+            }
         }
-    } else {
-        CHUNK
-    };
-    row.len().min(column + len)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, column: usize) {
+        prefetch(self.next.0, column);
+        prefetch(self.next.1, column);
+    }
 }
 
+/// sums += values.
 #[inline(always)]
-#[expect(clippy::too_many_arguments)]
-fn gradients_of_chunk<T: Element>(
-    x: &[T],
-    dy: &[T],
-    weight: &[T::Acc],
-    stats: RowStatistics<T::Acc>,
-    scales: GradientScales<T::Acc>,
-    dx: &mut [MaybeUninit<T>],
-    dweight: &mut [T::Acc],
-    dbias: &mut [T::Acc],
-) {
-    let RowStatistics { mean, rstd } = stats;
-    let GradientScales {
-        mean_g,
-        mean_g_xhat,
-    } = scales;
-    let len = x.len();
-    if dx.len() == len && dweight.len() == len && dbias.len() == len {
-        let sums = zip(dweight, dbias);
-        let inputs = zip(zip(x, dy), weight);
-        for ((dx, (dweight, dbias)), ((x, dy), &weight)) in zip(zip(dx, sums), inputs) {
-            let (xhat, dy) = ((x.widen() - mean) * rstd, dy.widen());
-            *dweight += dy * xhat;
-            *dbias += dy;
-            dx.write(T::narrow(
-                (dy * weight - mean_g - xhat * mean_g_xhat) * rstd,
-            ));
-        }
-        return;
-    }
-    for (dx, ((x, dy), &weight)) in zip(dx, zip(zip(x, dy), weight)) {
-        let (xhat, dy) = ((x.widen() - mean) * rstd, dy.widen());
-        dx.write(T::narrow(
-            (dy * weight - mean_g - xhat * mean_g_xhat) * rstd,
-        ));
-    }
-    for (dweight, (x, dy)) in zip(dweight, zip(x, dy)) {
-        *dweight += dy.widen() * ((x.widen() - mean) * rstd);
-    }
-    for (dbias, dy) in zip(dbias, dy) {
-        *dbias += dy.widen();
-    }
+fn accumulate<A: Acc, S: Simd>(isa: Isa, simd: S, sums: &mut [A], values: A::Vector<S>) {
+    let sum = A::add_lanes(simd, A::load(isa, simd, sums), values);
+    sums.copy_from_slice(lanes_of::<A, S>(&sum));
 }
 
 /// to += from.
@@ -413,5 +559,34 @@ fn gradients_of_chunk<T: Element>(
 pub(crate) fn add<A: Acc>(to: &mut [A], from: &[A]) {
     for (to, &from) in zip(to, from) {
         *to += from;
+    }
+}
+
+/// Rounds to nearest, ties to even.
+#[inline(always)]
+pub(crate) fn round<T: Element>(isa: Isa, from: &[T::Acc], to: &mut [MaybeUninit<T>]) {
+    for_each_column(isa, from.len(), Round { from, to });
+}
+
+struct Round<'a, T: Element> {
+    from: &'a [T::Acc],
+    to: &'a mut [MaybeUninit<T>],
+}
+
+impl<T: Element> Columns<T> for Round<'_, T> {
+    #[inline(always)]
+    fn at<S: Simd, const STREAM: bool>(
+        &mut self,
+        isa: Isa,
+        simd: S,
+        column: usize,
+        vectors: usize,
+    ) {
+        let lanes = T::Acc::lanes::<S>();
+        for vector in 0..vectors {
+            let first = column + vector * lanes;
+            let value = T::Acc::load(isa, simd, &self.from[first..first + lanes]);
+            T::store::<S, STREAM>(isa, simd, value, &mut self.to[first..first + lanes]);
+        }
     }
 }

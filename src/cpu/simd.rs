@@ -35,17 +35,9 @@ pub(crate) enum Isa {
     Base,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Isa {
-    /// Whether there are instructions that convert f16.
-    #[inline(always)]
-    pub fn converts_f16(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.f16c().is_some();
-        #[cfg(not(target_arch = "x86_64"))]
-        false
-    }
-
-    #[cfg(target_arch = "x86_64")]
+    /// Where there are instructions that convert f16.
     #[inline(always)]
     pub fn f16c(self) -> Option<F16c> {
         match self {
