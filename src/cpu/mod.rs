@@ -769,3 +769,109 @@ type ScaledRow<'a, T> = (
 fn by_columns(problem: &Problem) -> bool {
     problem.cols >= 64 * SEGMENT || (problem.rows < 256 && problem.cols >= STRIP)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::NormConfig;
+    use candle_core::{Device, Layout, Tensor};
+
+    /// What `pass` writes over memory of which the pages are there, and over memory of which, if it comes from the system, they are not.
+    #[allow(unsafe_code)]
+    fn there_and_not<T: Element>(
+        problem: &Problem,
+        mut pass: impl FnMut(&mut [MaybeUninit<T>]),
+    ) -> [Vec<T>; 2] {
+        let mut written = |there| {
+            let mut out = Fresh::new(problem.rows * problem.cols);
+            if there {
+                zeroed(out.slots());
+                let can_stream = cfg!(all(target_os = "linux", target_arch = "x86_64"));
+                assert_eq!(streams(out.slots(), problem.cols), can_stream);
+            }
+            pass(out.slots());
+            // SAFETY: a pass writes all of its outputs.
+            unsafe { out.assume_written() }
+        };
+        [written(true), written(false)]
+    }
+
+    fn assert_same<T: Element>(what: &str, [there, not]: [Vec<T>; 2]) {
+        let differs = zip(&there, &not).position(|(there, not)| there != not);
+        if let Some(index) = differs {
+            let [got, want] = [&there, &not].map(|out| out[index].widen().in_f64());
+            panic!("{what}[{index}]: {got} past the caches, {want} through them");
+        }
+    }
+
+    /// Of outputs just above the size from which they are written past the caches, whose rows start at any place of a line.
+    fn same_past_the_caches<T: Element>(rows: usize, cols: usize) -> Result<()> {
+        let of_index = |index: usize| {
+            let bits = (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            T::narrow(Acc::of_f64(bits as f64 / f64::from(1 << 23) - 1.))
+        };
+        let tensor = |first: usize, rows: usize| {
+            let values = (first..).take(rows * cols).map(of_index).collect();
+            Tensor::from_vec::<_, T>(values, (rows, cols), &Device::Cpu)
+        };
+        let (x, dy) = (tensor(0, rows)?, tensor(1 << 30, rows)?);
+        let [weight, bias] = [tensor(7, 1)?.squeeze(0)?, tensor(8, 1)?.squeeze(0)?];
+        let eps = NormConfig::from(1e-5);
+        let problem = Problem::new(&x, &[cols], Some(&weight), Some(&bias), &eps)?;
+        let [x, dy, weight, bias] = [&x, &dy, &weight, &bias].map(Tensor::storage_and_layout);
+        let storage = |storage: &candle_core::Storage| match storage {
+            candle_core::Storage::Cpu(storage) => storage.clone(),
+            _ => unreachable!("the tensors are on the CPU"),
+        };
+        let stored = [&x, &dy, &weight, &bias].map(|operand| (storage(&operand.0), operand.1));
+        let [x, dy, weight, bias] = stored
+            .each_ref()
+            .map(|(storage, layout)| (storage, *layout));
+
+        let pass = ForwardPass::<T, T>::new(&problem, x, Some(weight), Some(bias))?;
+        let mut stats = Vec::new();
+        let ys = there_and_not(&problem, |ys| {
+            let [mut mean, mut rstd] = [Fresh::new(rows), Fresh::new(rows)];
+            pass.run(ys, mean.slots(), rstd.slots());
+            stats.push((mean, rstd));
+        });
+        assert_same("y", ys);
+
+        let (mean, rstd) = stats.swap_remove(0);
+        // SAFETY: a pass writes all of its outputs.
+        #[allow(unsafe_code)]
+        let stats = unsafe { [mean.assume_written(), rstd.assume_written()] };
+        let [mean, rstd] = stats.map(<T::Acc as Element>::to_storage);
+        let of_rows = Layout::contiguous(rows);
+        let args = BackwardArgs {
+            x,
+            weight: Some(weight),
+            mean: Some((&mean, &of_rows)),
+            rstd: (&rstd, &of_rows),
+            dy,
+        };
+        let wanted = Wanted {
+            dx: true,
+            dweight: true,
+            dbias: true,
+        };
+        let pass = BackwardPass::<T, T>::new(&problem, &args, wanted)?;
+        let dx = there_and_not(&problem, |dx| {
+            let [mut dweight, mut dbias] = [Fresh::new(cols), Fresh::new(cols)];
+            pass.run(dx, dweight.slots(), dbias.slots());
+        });
+        assert_same("dx", dx);
+        Ok(())
+    }
+
+    #[test]
+    fn by_rows_past_the_caches() -> Result<()> {
+        same_past_the_caches::<f32>(2053, 4099)?;
+        same_past_the_caches::<half::bf16>(4111, 4099)
+    }
+
+    #[test]
+    fn by_columns_past_the_caches() -> Result<()> {
+        same_past_the_caches::<f32>(3, 2_800_003)
+    }
+}
