@@ -3,20 +3,14 @@
 use candle_core::{CudaDevice, DType, Result, bail};
 use cudarc::driver::CudaFunction;
 
-/// The kernels of one file for one pair of dtypes.
-pub(super) struct File {
-    name: &'static str,
+/// PTX of one file for one pair of dtypes.
+pub(super) struct Module {
+    file: &'static str,
     x: DType,
     param: DType,
     base: u32,
-    kernels: &'static [Kernel],
-}
-
-/// A kernel in a module of its own.
-pub(super) struct Kernel {
-    entry: &'static str,
     /// Unique among crates, versions and architectures: candle caches modules by name alone.
-    module: &'static str,
+    name: &'static str,
     ptx: &'static str,
 }
 
@@ -28,7 +22,7 @@ const BASE_VARIABLE: &str = "CANDLE_FUSED_LAYER_NORM_BASE";
 /// The newest base that this build has and the device runs, no newer than [`BASE_VARIABLE`] says.
 pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
     let device = (capability.0 * 10 + capability.1) as u32;
-    let bases = FILES.iter().map(|file| file.base);
+    let bases = MODULES.iter().map(|m| m.base);
     let newest = match std::env::var(BASE_VARIABLE) {
         Err(_) => device,
         Ok(value) => match value.parse() {
@@ -65,25 +59,29 @@ pub(super) fn function(
     (x, param): (DType, DType),
     entry: &str,
 ) -> Result<CudaFunction> {
-    let kernel = FILES
+    let module = MODULES
         .iter()
-        .find(|f| f.base == base && f.x == x && f.param == param && f.name == file)
-        .and_then(|file| file.kernels.iter().find(|kernel| kernel.entry == entry));
-    let Some(kernel) = kernel else {
+        .find(|m| m.base == base && m.x == x && m.param == param && m.file == file);
+    let Some(module) = module else {
         bail!(
-            "{op}: no kernel `{entry}` in `{file}` for xs of {} and weight of {}",
+            "{op}: no kernel `{file}` for xs of {} and weight of {}",
             x.as_str(),
             param.as_str()
         )
     };
     device
-        .get_or_load_custom_func(entry, kernel.module, kernel.ptx)
+        .get_or_load_custom_func(entry, module.name, module.ptx)
         .map(|function| function.into_cuda_function())
-        .map_err(|error| explain(op, kernel, base, error))
+        .map_err(|error| explain(op, module, entry, error))
 }
 
 /// Says what to do about a module that does not load.
-fn explain(op: &str, kernel: &Kernel, base: u32, error: candle_core::Error) -> candle_core::Error {
+fn explain(
+    op: &str,
+    module: &Module,
+    entry: &str,
+    error: candle_core::Error,
+) -> candle_core::Error {
     let text = error.to_string();
     let advice = if text.contains("CUDA_ERROR_UNSUPPORTED_PTX_VERSION") {
         format!(
@@ -92,10 +90,13 @@ fn explain(op: &str, kernel: &Kernel, base: u32, error: candle_core::Error) -> c
     } else if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
         "the device has no memory left to load it".to_string()
     } else {
-        format!("compiled by nvcc of CUDA {TOOLKIT} for compute capability {base} and later")
+        format!(
+            "compiled by nvcc of CUDA {TOOLKIT} for compute capability {} and later",
+            module.base
+        )
     };
     candle_core::Error::Msg(format!(
-        "{op}: cannot load kernel `{}` of `{}`: {advice}: {text}",
-        kernel.entry, kernel.module
+        "{op}: cannot load kernel `{entry}` of `{}`: {advice}: {text}",
+        module.name
     ))
 }
