@@ -15,10 +15,10 @@
 
 use super::compare::{Values, sum_over_cols, sum_over_rows};
 
-/// The mean is right to four units of itself and of the spread (each half an ulp of f32 at their size): a part of the `operations`
-/// that everything else may take. A provisional mean three deviations off leaves three to sums about it; "rounded once" is one unit,
-/// and so are the inverse of the number of columns and the product with it.
-const MEAN_SHARE: f64 = 0.5;
+/// The mean is right to three units of itself and of the spread (each half an ulp of f32 at their size): a part of
+/// the `operations` that everything else may take. "Rounded once" is one unit, and so are the inverse of the number of columns
+/// and the product with it.
+const MEAN_SHARE: f64 = 0.375;
 
 /// The arguments of one call, flattened to `rows` x `cols`.
 #[derive(Debug, Clone, Copy)]
