@@ -267,6 +267,22 @@ pub(crate) fn for_each_column<T: Element>(isa: Isa, len: usize, mut work: impl C
     with_vectors!(isa, simd => for_columns::<T, _, _, false>(isa, simd, len, 0, &mut work));
 }
 
+/// The same, with whole lines of an output whose first `head` columns lie before one, past the caches if `streams`.
+#[inline(always)]
+fn for_each_line<T: Element>(
+    isa: Isa,
+    len: usize,
+    head: usize,
+    streams: bool,
+    mut work: impl Columns<T>,
+) {
+    with_vectors!(isa, simd => if streams {
+        for_columns::<T, _, _, true>(isa, simd, len, head, &mut work);
+    } else {
+        for_columns::<T, _, _, false>(isa, simd, len, head, &mut work);
+    });
+}
+
 /// Elements before the first cache line that starts in a wide row. Writes past the caches are of whole lines; others that cross
 /// lines take twice as long, and allocators put large tensors 16 bytes after the start of a page.
 #[inline(always)]
@@ -301,13 +317,8 @@ pub(crate) struct Normalize<'a, T: Element, P: Element> {
 
 impl<T: Element, P: Element<Acc = T::Acc>> Normalize<'_, T, P> {
     #[inline(always)]
-    pub fn run(mut self, isa: Isa, streams: bool) {
-        let (len, head) = (self.x.len(), head_of(self.y));
-        with_vectors!(isa, simd => if streams {
-            for_columns::<T, _, _, true>(isa, simd, len, head, &mut self);
-        } else {
-            for_columns::<T, _, _, false>(isa, simd, len, head, &mut self);
-        });
+    pub fn run(self, isa: Isa, streams: bool) {
+        for_each_line(isa, self.x.len(), head_of(self.y), streams, self);
     }
 }
 
@@ -491,13 +502,8 @@ pub(crate) struct GradientRow<'a, T: Element, P: Element> {
 
 impl<T: Element, P: Element<Acc = T::Acc>> GradientRow<'_, T, P> {
     #[inline(always)]
-    pub fn run(mut self, isa: Isa, streams: bool) {
-        let (len, head) = (self.x.len(), head_of(self.dx));
-        with_vectors!(isa, simd => if streams {
-            for_columns::<T, _, _, true>(isa, simd, len, head, &mut self);
-        } else {
-            for_columns::<T, _, _, false>(isa, simd, len, head, &mut self);
-        });
+    pub fn run(self, isa: Isa, streams: bool) {
+        for_each_line(isa, self.x.len(), head_of(self.dx), streams, self);
     }
 }
 
