@@ -1,5 +1,6 @@
-//! Compiles `kernels/*.cu` to PTX, once for each pair of dtypes and each base architecture, and writes a table of the
-//! results for `src/cuda/ptx.rs`. Needs nvcc and no GPU; does nothing without the feature `cuda`.
+//! Compiles `kernels/*.cu` to PTX, once for each pair of dtypes and each base architecture, takes that apart into a module for each
+//! kernel, because the driver compiles all of a module when it loads it, and writes a table of them for `src/cuda/ptx.rs`. Needs nvcc and
+//! no GPU; does nothing without the feature `cuda`.
 //!
 //! PTX of compute_80 runs on devices of compute capability 8.x, that of compute_90 on 9.0 and later.
 
@@ -108,8 +109,8 @@ fn compile() -> Result<(), String> {
             }
         }
     }
-    let table = table(&units, &toolkit);
     let queue = Mutex::new(units);
+    let done = Mutex::new(Vec::new());
     let errors = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
@@ -117,10 +118,12 @@ fn compile() -> Result<(), String> {
             scope.spawn(|| {
                 // The lock is released before the compiler runs.
                 while let Some(unit) = queue.lock().ok().and_then(|mut q| q.pop()) {
-                    if let Err(error) = compile_unit(&nvcc, kernels, &out, &unit)
-                        && let Ok(mut errors) = errors.lock()
-                    {
-                        errors.push(error);
+                    let compiled = compile_unit(&nvcc, kernels, &out, &unit)
+                        .and_then(|()| take_apart(&out, &unit.name()));
+                    match (compiled, done.lock(), errors.lock()) {
+                        (Ok(entries), Ok(mut done), _) => done.push((unit, entries)),
+                        (Err(error), _, Ok(mut errors)) => errors.push(error),
+                        _ => {}
                     }
                 }
             });
@@ -129,6 +132,9 @@ fn compile() -> Result<(), String> {
     if let Some(error) = errors.into_inner().ok().and_then(|e| e.into_iter().next()) {
         return Err(error);
     }
+    let mut done = done.into_inner().unwrap_or_default();
+    done.sort_by_key(|(unit, _)| unit.name());
+    let table = table(&done, &toolkit);
     fs::write(out.join("ptx_table.rs"), table)
         .map_err(|e| format!("cannot write {}: {e}", out.join("ptx_table.rs").display()))
 }
@@ -227,23 +233,66 @@ fn compile_unit(nvcc: &Path, kernels: &Path, out: &Path, unit: &Unit) -> Result<
     ))
 }
 
-/// Rust source: every unit's PTX by (file, dtypes, base), under a name that no other crate or version uses.
-fn table(units: &[Unit], toolkit: &str) -> String {
+/// Writes each kernel of a unit with what it may use, and returns their names.
+fn take_apart(out: &Path, unit: &str) -> Result<Vec<String>, String> {
+    let path = out.join(format!("{unit}.ptx"));
+    let text =
+        fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    let unfit = |why: &str| {
+        format!(
+            "{}: expected declarations and then kernels, got {why}",
+            path.display()
+        )
+    };
+    let folder = out.join(unit);
+    fs::create_dir_all(&folder).map_err(|e| format!("cannot make {}: {e}", folder.display()))?;
+    let mut parts = text.split("\n.visible .entry ");
+    let declarations = parts.next().unwrap_or_default();
+    let mut entries = Vec::new();
+    for kernel in parts {
+        let entry = kernel.split('(').next().unwrap_or_default();
+        let (_, behind) = kernel
+            .split_once("\n}\n")
+            .ok_or_else(|| unfit(&format!("no end of `{entry}`")))?;
+        let is_comment = |line: &str| line.is_empty() || line.starts_with("//");
+        if let Some(line) = behind.lines().map(str::trim).find(|line| !is_comment(line)) {
+            return Err(unfit(&format!("`{line}` behind `{entry}`")));
+        }
+        let file = folder.join(format!("{entry}.ptx"));
+        fs::write(&file, format!("{declarations}\n.visible .entry {kernel}"))
+            .map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+        entries.push(entry.to_owned());
+    }
+    if entries.is_empty() {
+        return Err(unfit("no kernel"));
+    }
+    Ok(entries)
+}
+
+/// Rust source: every kernel's PTX by (file, dtypes, base) and entry, under a name that no other crate or version uses.
+fn table(units: &[(Unit, Vec<String>)], toolkit: &str) -> String {
     let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
     let mut table = format!("pub(super) const TOOLKIT: &str = {toolkit:?};\n");
-    table += "pub(super) static MODULES: &[Module] = &[\n";
-    for unit in units {
+    table += "pub(super) static FILES: &[File] = &[\n";
+    for (unit, entries) in units {
         let name = unit.name();
         // Writing to a String cannot fail.
         let _ = writeln!(
             table,
-            "    Module {{ file: {:?}, x: DType::{}, param: DType::{}, base: {}, name: {:?}, ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{name}.ptx\")) }},",
+            "    File {{ name: {:?}, x: DType::{}, param: DType::{}, base: {}, kernels: &[",
             unit.file,
             unit.x.0.to_uppercase(),
             unit.param.0.to_uppercase(),
             unit.base,
-            format!("candle-fused-layer-norm-{version}-{name}"),
         );
+        for entry in entries {
+            let _ = writeln!(
+                table,
+                "        Kernel {{ entry: {entry:?}, module: {:?}, ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{name}/{entry}.ptx\")) }},",
+                format!("candle-fused-layer-norm-{version}-{name}-{entry}"),
+            );
+        }
+        table += "    ] },\n";
     }
     table + "];\n"
 }

@@ -81,7 +81,7 @@ impl Run {
 const GOOD: &str = r#"
 [ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88" && exit
 while [ "$1" != -o ]; do shift; done
-echo "// PTX" > "$2""#;
+printf '.target sm_90\n\n.visible .entry one(\n)\n{\n\tret;\n\n}\n\t// .globl two\n.visible .entry two(\n)\n{\n\tret;\n\n}\n' > "$2""#;
 
 const NEEDS: &str = "feature `cuda` needs nvcc of a CUDA toolkit 12.0 or later";
 const WHAT_TO_DO: &str = "put nvcc on PATH or set CUDA_HOME or NVCC. The README says how to install a toolkit from PyPI wheels. \
@@ -223,6 +223,51 @@ fn bases_are_those_asked_for() -> Result<()> {
             let ptx = format!("out/backward_bf16_f32_sm{base}.ptx");
             assert_eq!(run.path(&ptx).exists(), wanted, "{variables:?}: {ptx}");
         }
+    }
+    Ok(())
+}
+
+/// The driver compiles all of a module when it loads it.
+#[test]
+fn each_kernel_is_a_module_of_its_own() -> Result<()> {
+    let run = Run::new()?;
+    let nvcc = run.nvcc(GOOD)?;
+    let output = run.build(&[("NVCC", &nvcc)])?;
+    assert!(output.status.success(), "{output:?}");
+    let table = fs::read_to_string(run.path("out/ptx_table.rs"))?;
+    for (entry, behind) in [("one", "\n\t// .globl two"), ("two", "\n")] {
+        assert_eq!(
+            fs::read_to_string(run.path(&format!("out/split_f32_f32_sm80/{entry}.ptx")))?,
+            format!(".target sm_90\n\n.visible .entry {entry}(\n)\n{{\n\tret;\n\n}}{behind}")
+        );
+        let name = format!("candle-fused-layer-norm-0.0.0-split_f32_f32_sm80-{entry}");
+        assert_eq!(table.matches(&name).count(), 1, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn ptx_of_another_form() -> Result<()> {
+    for (ptx, why) in [
+        ("// PTX", "no kernel"),
+        ("\n.visible .entry one(", "no end of `one`"),
+        (
+            "\n.visible .entry one(\n)\n{\n}\n.func two",
+            "`.func two` behind `one`",
+        ),
+    ] {
+        let run = Run::new()?;
+        let nvcc = run.nvcc(&format!(
+            r#"[ "$1" = --version ] && echo "release 13.0, V13.0.88" && exit
+while [ "$1" != -o ]; do shift; done
+echo "{ptx}" > "$2""#
+        ))?;
+        let error = run.error(&[("NVCC", &nvcc)])?;
+        let expected = format!(".ptx: expected declarations and then kernels, got {why}");
+        assert!(
+            error.starts_with("DIR/out/") && error.ends_with(&expected),
+            "{error}"
+        );
     }
     Ok(())
 }

@@ -2,15 +2,22 @@
 
 use candle_core::{CudaDevice, DType, Result, bail};
 use cudarc::driver::CudaFunction;
+use std::sync::{Mutex, PoisonError};
 
-/// PTX of one file for one pair of dtypes.
-pub(super) struct Module {
-    file: &'static str,
+/// The kernels of one file for one pair of dtypes.
+pub(super) struct File {
+    name: &'static str,
     x: DType,
     param: DType,
     base: u32,
+    kernels: &'static [Kernel],
+}
+
+/// A kernel in a module of its own.
+pub(super) struct Kernel {
+    entry: &'static str,
     /// Unique among crates, versions and architectures: candle caches modules by name alone.
-    name: &'static str,
+    module: &'static str,
     ptx: &'static str,
 }
 
@@ -22,7 +29,7 @@ const BASE_VARIABLE: &str = "CANDLE_FUSED_LAYER_NORM_BASE";
 /// The newest base that this build has and the device runs, no newer than [`BASE_VARIABLE`] says.
 pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
     let device = (capability.0 * 10 + capability.1) as u32;
-    let bases = MODULES.iter().map(|m| m.base);
+    let bases = FILES.iter().map(|file| file.base);
     let newest = match std::env::var(BASE_VARIABLE) {
         Err(_) => device,
         Ok(value) => match value.parse() {
@@ -59,29 +66,28 @@ pub(super) fn function(
     (x, param): (DType, DType),
     entry: &str,
 ) -> Result<CudaFunction> {
-    let module = MODULES
+    let kernel = FILES
         .iter()
-        .find(|m| m.base == base && m.x == x && m.param == param && m.file == file);
-    let Some(module) = module else {
+        .find(|f| f.base == base && f.x == x && f.param == param && f.name == file)
+        .and_then(|file| file.kernels.iter().find(|kernel| kernel.entry == entry));
+    let Some(kernel) = kernel else {
         bail!(
-            "{op}: no kernel `{file}` for xs of {} and weight of {}",
+            "{op}: no kernel `{entry}` in `{file}` for xs of {} and weight of {}",
             x.as_str(),
             param.as_str()
         )
     };
+    // Left to itself, candle loads a module for each thread that finds it missing, and unloads the one before.
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _loading = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
     device
-        .get_or_load_custom_func(entry, module.name, module.ptx)
+        .get_or_load_custom_func(entry, kernel.module, kernel.ptx)
         .map(|function| function.into_cuda_function())
-        .map_err(|error| explain(op, module, entry, error))
+        .map_err(|error| explain(op, kernel, base, error))
 }
 
 /// Says what to do about a module that does not load.
-fn explain(
-    op: &str,
-    module: &Module,
-    entry: &str,
-    error: candle_core::Error,
-) -> candle_core::Error {
+fn explain(op: &str, kernel: &Kernel, base: u32, error: candle_core::Error) -> candle_core::Error {
     let text = error.to_string();
     let advice = if text.contains("CUDA_ERROR_UNSUPPORTED_PTX_VERSION") {
         format!(
@@ -90,13 +96,10 @@ fn explain(
     } else if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
         "the device has no memory left to load it".to_string()
     } else {
-        format!(
-            "compiled by nvcc of CUDA {TOOLKIT} for compute capability {} and later",
-            module.base
-        )
+        format!("compiled by nvcc of CUDA {TOOLKIT} for compute capability {base} and later")
     };
     candle_core::Error::Msg(format!(
-        "{op}: cannot load kernel `{entry}` of `{}`: {advice}: {text}",
-        module.name
+        "{op}: cannot load kernel `{}` of `{}`: {advice}: {text}",
+        kernel.entry, kernel.module
     ))
 }
