@@ -263,23 +263,34 @@ template <int kVec, int kTensors> struct Chunks {
   }
 };
 
-// The sums of a thread's part of a row about its first value, in one pass, and exactly where mean >> std.
+// The sums of a thread's part of a row about one of its first values, in one pass, and exactly where mean >> std.
 template <int kVec, bool kShifted> struct OwnSums {
   Acc center = 0;
   Pair sums = {0, 0};
 
   using C = Chunks<kVec, 1>;
 
+  // Of the values that sums start with, one that is no outlier unless two are: all others' deviations from it would cancel.
+  __device__ __forceinline__ static Acc center_of(const Frame<kVec, kShifted>& frame, uint32_t at, int vector) {
+    const Vec<X, kVec> v = C::read(at);
+    Acc center = v[0];
+    if constexpr (kVec > 2) center = max(min(v[0], v[1]), min(max(v[0], v[1]), Acc(v[2])));
+    if constexpr (kShifted) {
+      if (!frame.whole(vector)) center = widen(C::element(at, max(0, min(-frame.column(vector), kVec - 1))));
+      // The row's first values may be few, and many follow: theirs is the next lane's.
+      const Acc next = __shfl_down_sync(kFull, center, 1);
+      if (frame.column(vector) < 0 && frame.column(vector + 1) < frame.cols) center = next;
+    }
+    return center;
+  }
+
   // Adds the vector in a slot, the row's or, if not valid, zeros.
   __device__ __forceinline__ void add(const Frame<kVec, kShifted>& frame, uint32_t at, int vector, bool first, bool valid, bool remove_mean) {
     if (first) *this = {0, {0, 0}};
-    if (kShifted && valid && !frame.whole(vector)) {
-      // What counts for nothing: the center.
-      if (first && remove_mean) center = widen(C::element(at, max(0, min(-frame.column(vector), kVec - 1))));
-      C::patch(frame, at, vector, X(center));
-    }
+    if (first && remove_mean) center = center_of(frame, at, vector);
+    // What counts for nothing: the center.
+    if (kShifted && valid && !frame.whole(vector)) C::patch(frame, at, vector, X(center));
     const Vec<X, kVec> v = C::read(at);
-    if (first && remove_mean) center = v[0];
     const Acc from = valid ? center : Acc(0);
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
@@ -290,8 +301,10 @@ template <int kVec, bool kShifted> struct OwnSums {
   }
   // The warp's mean and m2, from the sums of its threads, of `count` values.
   __device__ __forceinline__ Moments merge(Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
-    const Acc warp_center = __shfl_sync(kFull, center, 0);
-    const Pair own = about_center(sums, inv_count, remove_mean), pieces[1] = {{center - warp_center + own.a, own.b}};
+    const Pair own = about_center(sums, inv_count, remove_mean);
+    // A mean, not a value: rounding costs a share of how far it is from the warp's.
+    const Acc warp_center = __shfl_sync(kFull, center + own.a, 0);
+    const Pair pieces[1] = {{center - warp_center + own.a, own.b}};
     const Acc counts[1] = {count};
     return merge_moments(warp_center, pieces, counts, inv_warp);
   }
