@@ -9,7 +9,7 @@ const REQUIRE_CUDA: &str = "CFLN_REQUIRE_CUDA";
 
 /// The CPU, and the CUDA device where the crate is built with `cuda` and one is present.
 ///
-/// One value for the process: two `Device::new_cuda(0)` are different devices to candle.
+/// One value for the process: two devices of one GPU are different ones to candle.
 pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| match cuda() {
@@ -35,7 +35,9 @@ fn cuda() -> Result<Device, String> {
     if !cfg!(feature = "cuda") {
         return Err("CUDA tests skipped: built without feature cuda".into());
     }
-    Device::new_cuda(0).map_err(|error| {
+    // Of `Device::new_cuda`, each thread has a stream of its own: nothing orders what two threads do with a tensor, and drivers were
+    // seen to deadlock when a thread ends.
+    Device::new_cuda_with_stream(0).map_err(|error| {
         let error = error.to_string();
         format!(
             "no CUDA device: {}",
