@@ -110,8 +110,7 @@ fn compile() -> Result<(), String> {
         }
     }
     let queue = Mutex::new(units);
-    let done = Mutex::new(Vec::new());
-    let errors = Mutex::new(Vec::new());
+    let results = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -120,21 +119,17 @@ fn compile() -> Result<(), String> {
                 while let Some(unit) = queue.lock().ok().and_then(|mut q| q.pop()) {
                     let compiled = compile_unit(&nvcc, kernels, &out, &unit)
                         .and_then(|()| take_apart(&out, &unit.name()));
-                    match (compiled, done.lock(), errors.lock()) {
-                        (Ok(entries), Ok(mut done), _) => done.push((unit, entries)),
-                        (Err(error), _, Ok(mut errors)) => errors.push(error),
-                        _ => {}
+                    if let Ok(mut results) = results.lock() {
+                        results.push(compiled.map(|entries| (unit, entries)));
                     }
                 }
             });
         }
     });
-    if let Some(error) = errors.into_inner().ok().and_then(|e| e.into_iter().next()) {
-        return Err(error);
-    }
-    let mut done = done.into_inner().unwrap_or_default();
-    done.sort_by_key(|(unit, _)| unit.name());
-    let table = table(&done, &toolkit);
+    let results = results.into_inner().unwrap_or_default();
+    let mut compiled = results.into_iter().collect::<Result<Vec<_>, _>>()?;
+    compiled.sort_by_key(|(unit, _)| unit.name());
+    let table = table(&compiled, &toolkit);
     fs::write(out.join("ptx_table.rs"), table)
         .map_err(|e| format!("cannot write {}: {e}", out.join("ptx_table.rs").display()))
 }

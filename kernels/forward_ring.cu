@@ -2,7 +2,7 @@
 //
 // Computes      as forward.cu.
 // Algorithm     Persistent groups of blocks stride over the rows; ring.cuh says how a row's owners work together. weight and bias stay
-//               in registers. A thread sums about its first value of a row, in one pass; warps, blocks and the group merge
+//               in registers. A thread sums about one of its first values of a row, in one pass; warps, blocks and the group merge
 //               their moments (Chan). Statistics run kLead chunks ahead of y.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once.
 // Launch        W warps that compute (to 16) and C that communicate, C = 1 for clusters and giant rows, else 4; shared:

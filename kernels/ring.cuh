@@ -274,7 +274,7 @@ template <int kVec, bool kShifted> struct OwnSums {
   __device__ __forceinline__ static Acc center_of(const Frame<kVec, kShifted>& frame, uint32_t at, int vector) {
     const Vec<X, kVec> v = C::read(at);
     Acc center = v[0];
-    if constexpr (kVec > 2) center = max(min(v[0], v[1]), min(max(v[0], v[1]), Acc(v[2])));
+    if constexpr (kVec > 2) center = max(min(v[0], v[1]), min(max(v[0], v[1]), v[2]));
     if constexpr (kShifted) {
       if (!frame.whole(vector)) center = widen(C::element(at, max(0, min(-frame.column(vector), kVec - 1))));
       // The row's first values may be few, and many follow: theirs is the next lane's.
