@@ -10,7 +10,8 @@
 // Launch        backward_warp_{wide,shifted,single}_LxP: block kThreads, L lanes a row, cols <= L * P * kVec; shared:
 //               max(kRing * 2 * kThreads * P * kVec * sizeof(X), kThreads / 32 * cols * sizeof(Acc)). Partials: [blocks, cols].
 //               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
-//               cols <= 32 * P * kVec - 2 * (kVec - 1), warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be null.
+//               warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be
+//               null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
@@ -37,7 +38,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   bool valid[kPer];
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
-    valid[k] = frame.column(k * kLanes + t) < cols;
+    valid[k] = k * kLanes + t < frame.vectors();
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -54,13 +55,8 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
         const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
         const int64_t from = next + k * kLanes * kVec;
         if (!valid[k]) continue;
-        if constexpr (kShifted) {
-          C::fill_of(frame, xs, x + from, k * kLanes + t, x + rows * cols);
-          C::fill_of(frame, dys, dy + from, k * kLanes + t, dy + rows * cols);
-        } else {
-          C::fill(xs, x + from, it < own_iterations);
-          C::fill(dys, dy + from, it < own_iterations);
-        }
+        C::fill(xs, x + from, it < own_iterations);
+        C::fill(dys, dy + from, it < own_iterations);
       }
     }
     next += step;
@@ -68,17 +64,20 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   };
   for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 #pragma unroll
-  for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, frame.vectors(cols)));
+  for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, valid[k]));
+  OuterColumns<kVec, kShifted> outer;
+  outer.start(frame, true, weight, weight_offset);
   int64_t row_ahead = own_first;
   Acc mean_ahead = 0, rstd_ahead = 0;
-  const auto prefetch_statistics = [&](int it) {
+  const auto load_ahead = [&](int it) {
     if (it < own_iterations) {
       if (mean) mean_ahead = __ldg(mean + row_ahead);
       rstd_ahead = __ldg(rstd + row_ahead);
+      outer.load(frame, true, x, dy, row_ahead * cols);
       row_ahead += stride;
     }
   };
-  prefetch_statistics(0);
+  load_ahead(0);
   // One column less its own mean is nothing, whatever the rounding.
   const Acc varies = cols > 1 || !remove_mean;
 
@@ -86,20 +85,17 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll 1
   for (int it = 0; it < iterations; it++) {
     const Normalizer row = {mean_ahead, rstd_ahead * varies};
-    prefetch_statistics(it + 1);
+    Pair sums = {0, 0};
+    outer.add(row, weight_offset, sums);
+    load_ahead(it + 1);
     const bool writes = it < own_iterations;
     Arriving<kVec, kPer> arriving;
 #pragma unroll
     for (int k = 0; k < kPer; k++) arriving.load(added, k, out + k * kLanes * kVec, writes && valid[k]);
     copy_async_wait<kRing - 1>();
-    Pair sums = {0, 0};
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-      if (kShifted && valid[k] && !frame.whole(k * kLanes + t)) {
-        C::patch(frame, xs, k * kLanes + t, X(0.f));
-        C::patch(frame, dys, k * kLanes + t, X(0.f));
-      }
       own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
     }
     const Scales scales = Scales::of(warp_sum(sums, kLanes), row, inv_cols, remove_mean);
@@ -108,8 +104,9 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
       Acc f[kVec];
       own.gradient(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales, weight_offset, f);
       arriving.finish(added, k, f, out + k * kLanes * kVec, writes && valid[k]);
-      store_of(frame, dx + out + k * kLanes * kVec, f, k * kLanes + t, dx && writes && valid[k]);
+      store<X, kVec>(dx + out + k * kLanes * kVec, f, dx && writes && valid[k]);
     }
+    outer.store_dx(dx, out - frame.column(t), scales, weight_offset);
     out += step;
     fill(it + kRing, at);
     at += kPer * C::kChunk;
@@ -132,8 +129,9 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
         for (int o = kWarp / 2; o; o /= 2)
           if (o >= kLanes) sum[i] += __shfl_xor_sync(kFull, sum[i], o);
-      store_columns(frame, part + warp * cols, k * kLanes + t, sum, lane < kLanes ? frame.vectors(cols) : 0);
+      store_columns(frame, part + warp * cols, k * kLanes + t, sum, lane < kLanes ? frame.vectors() : 0);
     }
+    outer.store_sums(part + warp * cols, tensor);
     __syncthreads();
     add_owners<kShifted ? 1 : kVec>(out + int64_t(blockIdx.x) * cols, part, warps, cols, threadIdx.x, blockDim.x);
   }

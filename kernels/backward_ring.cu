@@ -48,31 +48,81 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   __syncthreads();
   sync_owner<kOwner>();
 
+  using F = Frame<kVec, kShifted>;
+  // Partial sums: of a block; of an owner and a kind of its rows, of which the next owner's first is the same or the next.
+  auto first_row = own_rows.at(0);
+  int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(first_row)) * cols;
+  // No owner has this kind's predecessor beside it.
+  const bool alone = kSorted && own_rows.starts_kind(first_row);
+
   if (warp >= warps) {
+    const int own_warp = warp - warps;
     const Acc inv_cols = inverse(cols);
     Statistics<kComm> statistics;
     statistics.load(mean, rstd, own_rows, 0);
-    auto place = own_rows.at(0);
+    // The first of a row's blocks has its outer columns.
+    const bool here = group.rank == 0;
+    OuterColumns<kVec, kShifted> outer;
+    auto place = first_row, ahead = first_row;
+    const auto load_ahead = [&](int it) {
+      if (kShifted && it < own_rows.count) outer.load(F(cols, ahead), here, x, dy, ahead * int64_t(cols));
+    };
+    for (int i = 0; i < own_warp; i++) ahead = own_rows.next(ahead);
+    load_ahead(own_warp);
+    int it = 0;
 #pragma unroll 1
-    for (int it = 0; it < own_rows.count; it++, place = own_rows.next(place)) {
-      if (it % kComm != warp - warps) continue;
-      const Normalizer row = statistics.at(mean, rstd, own_rows, it);
-      const Pair own = warp_sum(mail.collect(it, warps));
-      const auto sum = [](const auto& heard) {
-        Pair p = {0, 0};
-        for (const Pair& h : heard) p = p + h;
-        return warp_sum(p);
-      };
-      const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + int64_t(place) * meeting_pairs(group.blocks), sum);
-      mail.deliver(it, Scales::of(sums, row, inv_cols, remove_mean));
-    }
+    do {
+      outer.start(F(cols, place), here, weight, weight_offset);
+      if (alone && it == 0 && own_warp == 0) {
+        if (dweight_part) outer.store_sums(dweight_part + part - cols, false);
+        if (dbias_part) outer.store_sums(dbias_part + part - cols, true);
+      }
+      const int stop = kSorted ? own_rows.end_of_kind(it, place) : own_rows.count;
+#pragma unroll 1
+      for (; it < stop; it++, place = own_rows.next(place)) {
+        if (it % kComm != own_warp) continue;
+        const Normalizer row = statistics.at(mean, rstd, own_rows, it);
+        Pair outer_sums = {0, 0};
+        outer.add(row, weight_offset, outer_sums);
+        for (int i = 0; i < kComm; i++) ahead = own_rows.next(ahead);
+        load_ahead(it + kComm);
+        const Pair own = warp_sum(mail.collect(it, warps) + outer_sums);
+        const auto sum = [](const auto& heard) {
+          Pair p = {0, 0};
+          for (const Pair& h : heard) p = p + h;
+          return warp_sum(p);
+        };
+        const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + int64_t(place) * meeting_pairs(group.blocks), sum);
+        const Scales s = Scales::of(sums, row, inv_cols, remove_mean);
+        mail.deliver(it, s);
+        outer.store_dx(dx, place * int64_t(cols), s, weight_offset);
+      }
+      if constexpr (kShifted) outer.template add_up<kComm>(own_warp);
+#pragma unroll
+      for (int tensor = 0; tensor < 2; tensor++) {
+        Acc* const out = tensor ? dbias_part : dweight_part;
+        if (!out) continue;
+        if (teams == 1) {
+          if (own_warp == 0) outer.store_sums(out + part, tensor);
+          continue;
+        }
+        __syncthreads();
+        outer.store_sums(reinterpret_cast<Acc*>(shared) + team * cols, tensor);
+        __syncthreads();
+      }
+      part += cols;
+    } while (kSorted && it < own_rows.count);
   } else {
-    using F = Frame<kVec, kShifted>;
-    const Share share = share_of(F::vectors(cols), group.rank, group.blocks);
+    const Share share = share_of(F::most_vectors(cols), group.rank, group.blocks);
     // This thread's vectors: of the share, and of the row.
-    const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
+    const int vector = share.begin + warp * kPer * kWarp + lane;
     const int last = share.begin + share.vectors;
+    const auto end_in = [&](const F& frame) { return min(last, frame.vectors()); };
+    const F first_frame(cols, first_row);
     bool valid[kPer];
+#pragma unroll
+    for (int k = 0; k < kPer; k++) valid[k] = vector + k * kWarp < end_in(first_frame);
+    const auto holds = [&](const F& frame, int k) { return kSorted ? vector + k * kWarp < end_in(frame) : valid[k]; };
     Columns<kVec, kPer> own;
     using C = Chunks<kVec, 2>;
     const uint32_t begin = C::start(shared, team * warps + warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
@@ -80,18 +130,17 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
       at += kPer * C::kChunk;
       if (at == end) at = begin;
     };
+    if constexpr (!kSorted)
 #pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      valid[k] = first + k * kWarp < share.vectors;
-      if (!valid[k])
-        for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
-          C::clear(at);
-          C::clear(at + C::kTensor);
-        }
-    }
+      for (int k = 0; k < kPer; k++)
+        if (!valid[k])
+          for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
+            C::clear(at);
+            C::clear(at + C::kTensor);
+          }
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
-    auto next = own_rows.at(0);
-    F next_frame(cols, next);
+    auto next = first_row;
+    F next_frame = first_frame;
     Statistics<1> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     const auto fill = [&](int it, uint32_t at) {
@@ -99,11 +148,18 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         if constexpr (kSorted) next_frame = F(cols, next);
         const int64_t from = offset_of(next_frame, next);
 #pragma unroll
-        for (int k = 0; k < kPer; k++)
-          if (valid[k]) {
-            C::fill_of(next_frame, at + k * C::kChunk, x + from + k * kWarp * kVec, vector + k * kWarp, x + rows * cols);
-            C::fill_of(next_frame, at + k * C::kChunk + C::kTensor, dy + from + k * kWarp * kVec, vector + k * kWarp, dy + rows * cols);
+        for (int k = 0; k < kPer; k++) {
+          const bool held = holds(next_frame, k);
+          const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
+          // Of sorted rows, one may have a vector less than the one whose slots it takes.
+          if (kSorted) {
+            C::fill(xs, x + from + k * kWarp * kVec, held);
+            C::fill(dys, dy + from + k * kWarp * kVec, held);
+          } else if (held) {
+            C::fill(xs, x + from + k * kWarp * kVec);
+            C::fill(dys, dy + from + k * kWarp * kVec);
           }
+        }
       }
       next = own_rows.next(next);
       copy_async_commit();
@@ -111,29 +167,25 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
     for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 
     uint32_t sum_at = begin, dx_at = begin;
-    const auto add_row = [&](const F& frame, int it) {
+    const auto add_row = [&](int it) {
       copy_async_wait<kRing - kLag - 1>();
       const Normalizer row = statistics.at(mean, rstd, own_rows, it);
       Pair sums = {0, 0};
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
-        if (kShifted && valid[k] && !frame.whole(vector + k * kWarp)) {
-          C::patch(frame, xs, vector + k * kWarp, X(0.f));
-          C::patch(frame, dys, vector + k * kWarp, X(0.f));
-        }
         own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
       }
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
-    auto dx_row = own_rows.at(0);
+    auto dx_row = first_row;
     const auto dx_offset = [&](const F& frame) { return offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step); };
     // Of the row whose dx is written next, loaded while another is summed.
     Arriving<kVec, kPer> arriving;
     const auto load_arriving = [&](const F& frame) {
 #pragma unroll
-      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset(frame) + k * kWarp * kVec, valid[k]);
+      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset(frame) + k * kWarp * kVec, holds(frame, k));
     };
     const auto write_dx = [&](const F& frame, int it) {
       const Scales s = mail.wait(it);
@@ -142,23 +194,19 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
       for (int k = 0; k < kPer; k++) {
         Acc f[kVec];
         own.gradient(k, C::read(dx_at + k * C::kChunk), C::read(dx_at + k * C::kChunk + C::kTensor), s, weight_offset, f);
-        arriving.finish(added, k, f, out + k * kWarp * kVec, valid[k]);
-        store_of(frame, dx + out + k * kWarp * kVec, f, vector + k * kWarp, dx && valid[k]);
+        arriving.finish(added, k, f, out + k * kWarp * kVec, holds(frame, k));
+        store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && holds(frame, k));
       }
       if constexpr (kSorted) dx_row = own_rows.next(dx_row);
       fill(it + kRing, dx_at);
       advance(dx_at);
     };
-    // Partial sums: of a block; of an owner and a kind of its rows, of which the next owner's first is the same or the next.
-    int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(dx_row)) * cols;
-    if (kSorted && own_rows.starts_kind(dx_row)) {
-      // No owner has this kind's predecessor beside it.
-      const F frame(cols, dx_row);
+    if (alone) {
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const Acc zeros[kVec] = {};
-        if (dweight_part) store_columns(frame, dweight_part + part - cols, vector + k * kWarp, zeros, last);
-        if (dbias_part) store_columns(frame, dbias_part + part - cols, vector + k * kWarp, zeros, last);
+        if (dweight_part) store_columns(first_frame, dweight_part + part - cols, vector + k * kWarp, zeros, end_in(first_frame));
+        if (dbias_part) store_columns(first_frame, dbias_part + part - cols, vector + k * kWarp, zeros, end_in(first_frame));
       }
     }
     int it = 0;
@@ -166,14 +214,14 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
     do {
       const F frame(cols, dx_row);
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, last));
+      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame, k)));
       const int start = it, stop = kSorted ? own_rows.end_of_kind(it, dx_row) : own_rows.count;
 #pragma unroll 1
-      for (; it < min(start + kLag, stop); it++) add_row(frame, it);
+      for (; it < min(start + kLag, stop); it++) add_row(it);
 #pragma unroll 1
       for (; it < stop; it++) {
         load_arriving(frame);
-        add_row(frame, it);
+        add_row(it);
         write_dx(frame, it - kLag);
       }
 #pragma unroll 1
@@ -188,16 +236,18 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         if (!out) continue;
         if (teams == 1) {
 #pragma unroll
-          for (int k = 0; k < kPer; k++) store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], last);
+          for (int k = 0; k < kPer; k++)
+            store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
           continue;
         }
         // The teams' sums in order, through shared memory that the ring no longer needs.
         copy_async_wait<0>();
         Acc* const sums = reinterpret_cast<Acc*>(shared);
-        compute_sync(teams * warps);
+        __syncthreads();
 #pragma unroll
-        for (int k = 0; k < kPer; k++) store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], last);
-        compute_sync(teams * warps);
+        for (int k = 0; k < kPer; k++)
+          store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
+        __syncthreads();
         add_owners<kShifted ? 1 : kVec>(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
       }
       part += cols;

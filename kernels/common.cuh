@@ -143,6 +143,36 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
   return r;
 }
 
+// How far p is past 16 bytes, in bytes.
+__device__ __forceinline__ uint32_t skew_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) % 16; }
+// As load_vec_if, of a vector that need not start on 16 bytes, from the aligned ones that it spans: kVec - 1 elements behind it can be
+// read. kSkewWords: skew_of(p) / 4, which moves no words then, or -1 if it is not known.
+template <typename T, int kVec, int kSkewWords> __device__ __forceinline__ Vec<T, kVec> load_skewed_if(const T* p, bool valid) {
+  constexpr int kWords = int(sizeof(Vec<T, kVec>)) / 4;
+  const uint32_t skew = skew_of(p);
+  const uint32_t* const from = reinterpret_cast<const uint32_t*>(reinterpret_cast<uintptr_t>(p) - skew);
+  uint32_t w[kWords + 4];
+#pragma unroll
+  for (int i = 0; i < kWords + 4; i += 4)
+    reinterpret_cast<Vec<uint32_t, 4>&>(w[i]) = load_vec_if<uint32_t, 4>(from + i, valid && (i < kWords || skew));
+  if constexpr (kSkewWords < 0) {
+#pragma unroll
+    for (int i = 0; i < kWords + 2; i++) w[i] = skew & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < kWords + 1; i++) w[i] = skew & 4 ? w[i + 1] : w[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords + 4 - kSkewWords; i++) w[i] = w[i + kSkewWords];
+  }
+  if constexpr (sizeof(T) == 2)
+#pragma unroll
+    for (int i = 0; i < kWords; i++) w[i] = __funnelshift_r(w[i], w[i + 1], 8 * (skew & 2));
+  Vec<T, kVec> r;
+#pragma unroll
+  for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(&r)[i] = w[i];
+  return r;
+}
+
 // The vector at column c of a weight or bias that may be absent.
 template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent, bool valid = true) {
   return p ? load_vec<Param, kVec>(p + c, valid) : filled<Param, kVec>(absent);

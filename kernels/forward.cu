@@ -15,57 +15,102 @@
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
 //               sample variance" (1983).
 #include "row.cuh"
+#include <type_traits>
 
 constexpr int kWarpRowThreads = 128;
 
-// kPlain: a weight that is there, and not centred at 0.
-template <bool kPlain, int kVec, int kPer, int kRows>
-__device__ __forceinline__ void write_rows_of(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
-                                              Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+// Where weight and bias start: on 16 bytes, or so many words past them, or anywhere.
+constexpr int kAligned = -2, kAnywhere = -1;
+// kPlain: a weight that is there, and not centred at 0. Rows are y_step elements apart.
+template <bool kPlain, int kSkewWords, int kVec, int kPer, int kRows>
+__device__ __forceinline__ void write_vectors(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, int64_t y_step,
+                                              const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+  const auto load = [](const Param* p, bool valid) {
+    if constexpr (kSkewWords == kAligned) return load_vec_if<Param, kVec>(p, valid);
+    else return load_skewed_if<Param, kVec, kSkewWords>(p, valid);
+  };
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * threads + t) * kVec;
     const bool valid = c < cols;
-    const Vec<Param, kVec> w = kPlain ? load_vec_if<Param, kVec>(weight + c, valid) : load_weight<kVec>(weight, c, weight_offset, valid);
-    const Vec<Param, kVec> b = load_vec_if<Param, kVec>(bias + c, valid && bias);
+    Vec<Param, kVec> w;
+    if constexpr (kPlain) w = load(weight + c, valid);
+    else w = with_offset<kVec>(weight ? load(weight + c, valid) : filled<Param, kVec>(1), weight_offset);
+    const Vec<Param, kVec> b = load(bias + c, valid && bias);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       Acc f[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; i++) f[i] = n[r].xhat(slices[r].v[k][i]) * (kPlain ? w[i] : weight_of(w[i], weight_offset)) + b[i];
-      store<X, kVec>(y + int64_t(r) * cols + c, f, valid && r < rows);
+      store<X, kVec>(y + r * y_step + c, f, valid && r < rows);
     }
   }
 }
+template <bool kPlain, int kVec, int kPer, int kRows>
+__device__ __forceinline__ void write_rows_of(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
+                                              Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+  write_vectors<kPlain, kAligned>(slices, n, y, cols, weight, weight_offset, bias, rows, t, threads, cols);
+}
+template <bool kPlain, int kVec, int kPer, int kRows>
+__device__ __forceinline__ void write_rows_of(const ShiftedSlice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y,
+                                              const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+  Slice<kVec, kPer> inner[kRows];
+  Slice<1, 1> outer[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    inner[r] = slices[r].inner;
+    outer[r] = slices[r].outer;
+  }
+  const auto write = [&](auto where, const auto& parts, int from, int part_cols) {
+    write_vectors<kPlain, decltype(where)::value>(parts, n, y + from, int64_t(slices[0].kApart) * cols, weight ? weight + from : nullptr,
+                                                  weight_offset, bias ? bias + from : nullptr, rows, t, threads, part_cols);
+  };
+  const auto write_inner = [&](auto where) { write(where, inner, slices[0].head, slices[0].body); };
+  if (t < kWarp) write(std::integral_constant<int, kAligned>(), outer, slices[0].skip(t), cols - slices[0].body);
+  if constexpr (kPlain) {
+    // The same for all of a row's vectors, and the row's own: few instructions of many, once that is known.
+    const uint32_t skew = skew_of(weight + slices[0].head);
+    if (!bias || skew_of(bias + slices[0].head) == skew) {
+      if (skew < 4) write_inner(std::integral_constant<int, 0>());
+      else if (skew < 8) write_inner(std::integral_constant<int, 1>());
+      else if (skew < 12) write_inner(std::integral_constant<int, 2>());
+      else write_inner(std::integral_constant<int, 3>());
+      return;
+    }
+  }
+  write_inner(std::integral_constant<int, kAnywhere>());
+}
 // The Normalizers of kRows slices are ready: writes y, with weight and bias loaded once. What most weights do not need, the others pay:
 // an offset is one more instruction an element, to about 20.
-template <int kVec, int kPer, int kRows>
-__device__ __forceinline__ void write_rows(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
-                                           Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+template <typename Part, int kRows>
+__device__ __forceinline__ void write_rows(const Part (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight, Acc weight_offset,
+                                           const Param* bias, int rows, int t, int threads, int cols) {
   if (weight && weight_offset == 0) write_rows_of<true>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
   else write_rows_of<false>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
 }
 
-template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
+template <typename Part, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
   const int t = threadIdx.x % kLanes;
-  const int64_t first = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes * kRows;
+  constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
+  const int64_t group = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes, first = group / kApart * kApart * kRows + group % kApart;
   // Lanes past the last row stay for the shuffles.
-  const int own_rows = int(max(int64_t(0), min(int64_t(kRows), rows - first)));
+  const int own_rows = int(max(int64_t(0), min(int64_t(kRows), (rows - first + kApart - 1) / kApart)));
   const Acc inv_cols = inverse(cols);
   x += first * cols;
-  Slice<kVec, kPer> slices[kRows];
+  Part slices[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, t, kLanes, r < own_rows ? cols : 0);
+  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0);
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, t, kLanes, r < own_rows ? cols : 0);
+  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, t, kLanes, r < own_rows ? cols : 0);
   Acc centers[kRows];
   Pair sums[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum();
+  for (int r = 0; r < kRows; r++) centers[r] = slices[r].template sum<1>();
   warp_sums(centers, kLanes);
+  const Acc inv_summed = inverse(slices[0].template summed<1>(kLanes, cols));
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    centers[r] = remove_mean ? centers[r] * inv_cols : Acc(0);
+    centers[r] = remove_mean ? centers[r] * inv_summed : Acc(0);
     sums[r] = slices[r].sums(centers[r], t, kLanes, cols);
   }
   warp_sums(sums, kLanes);
@@ -75,8 +120,8 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
     const Pair rest = about_center(sums[r], inv_cols, remove_mean);
     n[r] = {centers[r] + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
     if (t == 0 && r < own_rows) {
-      if (mean) mean[first + r] = n[r].mean;
-      if (rstd) rstd[first + r] = n[r].rstd;
+      if (mean) mean[first + r * kApart] = n[r].mean;
+      if (rstd) rstd[first + r * kApart] = n[r].rstd;
     }
   }
   write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, t, kLanes, cols);
@@ -85,18 +130,19 @@ template <int kVec, int kPer, int kLanes, int kRows> __device__ __forceinline__ 
 // kWarps: a power of 2, no less than the warps of a block.
 // kLoads: how often x is loaded. Of three passes over it, two or three load it then, which stays in L1 between them: fewer registers, more
 // threads. L2 is told to keep x until the last of these, and then to give its place to y.
-template <int kVec, int kPer, int kRows, int kWarps, int kLoads> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
+template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   __shared__ Acc warp_centers[kRows][kWarps];
   __shared__ Pair warp_parts[kRows][kWarps];
   const int64_t first = int64_t(blockIdx.x) * kRows;
   const int own_rows = kRows == 1 ? 1 : int(min(int64_t(kRows), rows - first));
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = blockDim.x;
+  constexpr int kSummed = kLoads < 3 ? 1 : Part::kVectors;
   // Each group of kWarps lanes collects what all warps have.
   const int other = lane % kWarps;
   const bool collects = other < threads / kWarp;
   const Acc inv_cols = inverse(cols);
   x += first * cols;
-  Slice<kVec, kPer> slices[kRows];
+  Part slices[kRows];
   const auto load = [&](uint64_t policy) {
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
@@ -114,7 +160,7 @@ template <int kVec, int kPer, int kRows, int kWarps, int kLoads> __device__ __fo
   for (int r = 0; r < kRows; r++) centers[r] = 0;
   if (remove_mean) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum();
+    for (int r = 0; r < kRows; r++) centers[r] = slices[r].template sum<kSummed>();
     warp_sums(centers);
     if (lane == 0)
 #pragma unroll
@@ -124,7 +170,7 @@ template <int kVec, int kPer, int kRows, int kWarps, int kLoads> __device__ __fo
     for (int r = 0; r < kRows; r++) centers[r] = collects ? warp_centers[r][other] : Acc(0);
     warp_sums(centers, kWarps);
 #pragma unroll
-    for (int r = 0; r < kRows; r++) centers[r] *= inv_cols;
+    for (int r = 0; r < kRows; r++) centers[r] *= inverse(slices[r].template summed<kSummed>(threads, cols));
   }
   if (kLoads > 2) load(evict_last());
   Pair sums[kRows];
@@ -152,15 +198,21 @@ template <int kVec, int kPer, int kRows, int kWarps, int kLoads> __device__ __fo
   write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
 }
 
+#ifdef LN_SHIFTED
+template <int kVec, int kPer> using Part = ShiftedSlice<kVec, kPer>;
+#else
+template <int kVec, int kPer> using Part = Slice<kVec, kPer>;
+#endif
+
 // `blocks` on a multiprocessor: as many as the registers of kPer vectors allow, with f32 weights beside halves one fewer.
 #define FORWARD_WARP(name, vec, lanes, per, rows, blocks)                                                              \
   extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks - (sizeof(Param) > sizeof(X)))                  \
       forward_warp_##name##_##lanes##x##per##x##rows(FORWARD_ARGUMENTS) {                                              \
-    forward_warp<vec, per, lanes, rows>(FORWARD_PASS);                                                                 \
+    forward_warp<Part<vec, per>, lanes, rows>(FORWARD_PASS);                                                                 \
   }
 #define FORWARD_BLOCK(name, vec, per, rows, threads, blocks, loads)                                                    \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_##name##_##per##x##rows(FORWARD_ARGUMENTS) { \
-    forward_block<vec, per, rows, (threads > 512 ? 32 : threads > 256 ? 16 : 8), loads>(FORWARD_PASS);                                     \
+    forward_block<Part<vec, per>, rows, (threads > 512 ? 32 : threads > 256 ? 16 : 8), loads>(FORWARD_PASS);                                     \
   }
 
 // Without clusters, a block takes rows as long as it can, alone on its multiprocessor.
@@ -179,6 +231,26 @@ FORWARD_BLOCK(single, 1, 8, 1, 512, 1, 1)
 #else
 FORWARD_WARP(single, 1, 32, 16, 1, 4)
 FORWARD_BLOCK(single, 1, 16, 1, 512, 1, 1)
+#endif
+#elif defined(LN_SHIFTED)
+#if LN_X_BYTES == 2
+// f32 weights take registers.
+constexpr int kFew = sizeof(Param) > sizeof(X);
+FORWARD_WARP(shifted, kWide, 32, 2, 2, 8 - 2 * kFew)
+FORWARD_WARP(shifted, kWide, 32, 3, 2, 6 - kFew)
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 8 - kFew)
+FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16 - 4 * kFew, 1)
+FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4 - kFew, 1)
+FORWARD_BLOCK_MOST(shiftedtwice, kWide, 4, 512, 3 - kFew, 2)
+#elif LN_X_BYTES == 4
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 8)
+FORWARD_WARP(shifted, kWide, 32, 6, 2, 4)
+FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
+FORWARD_BLOCK(shifted, kWide, 6, 1, 512, 2, 1)
+FORWARD_BLOCK_MOST(shifted, kWide, 8, 512, 2, 1)
+#else
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 4)
+FORWARD_BLOCK_MOST(shifted, kWide, 4, 512, 2, 1)
 #endif
 #elif defined(LN_ADD)
 FORWARD_WARP(add, kWide, 4, 4, 1, 4)
@@ -205,12 +277,13 @@ FORWARD_WARP(wide, kWide, 32, 3, 1, 8)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 7)
 FORWARD_WARP(wide, kWide, 32, 6, 1, 5)
 FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
-FORWARD_BLOCK_MOST(thrice, kWide, 4, 512, 3, 3)
+FORWARD_BLOCK_MOST(twice, kWide, 4, 512, 3, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
 FORWARD_WARP(wide, kWide, 16, 4, 2, 6)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 8)
 FORWARD_BLOCK(wide, kWide, 2, 1, 512, 3, 1)
+FORWARD_BLOCK(wide, kWide, 4, 1, 128, 8, 1)
 FORWARD_BLOCK(thrice, kWide, 4, 1, 256, 6, 3)
 FORWARD_BLOCK(twice, kWide, 4, 1, 512, 3, 2)
 FORWARD_BLOCK_MOST(wide, kWide, 8, 512, 2, 1)

@@ -24,25 +24,28 @@ __device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold
 // Rows in the ring of a persistent warp, by the bytes of a row that a lane holds. plan.rs sizes shared memory by the same.
 template <int kLaneBytes> constexpr int kWarpRing = kLaneBytes >= 128 ? 3 : 4;
 
-// A row as whole vectors of memory. Where rows do not start on 16 bytes but their tensor does, a row's first vector starts `shift`
-// elements before the row, and its last may end behind it, or hold nothing of it. weight and sums are kept in the same frame, so that
-// only a row's first and last vectors are special.
+// A row as whole vectors of memory, which compute warps hold. Where rows do not start on 16 bytes but their tensor does, less than kVec of
+// its columns come before them, and less behind: `outer`, which lanes of one warp hold, one each.
 template <int kVec, bool kShifted> struct Frame {
-  int cols, shift;
+  // Columns, those before the first vector, and those in vectors.
+  int cols, head, body;
 
-  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), shift(kShifted ? int(uint32_t(row) * uint32_t(cols) % kVec) : 0) {}
-  // Of a row with the largest shift.
-  __device__ __forceinline__ static int vectors(int cols) { return (cols + (kShifted ? 2 : 1) * (kVec - 1)) / kVec; }
-  // Of the row's elements, those in vectors [begin, end).
-  __device__ __forceinline__ int count(int begin, int end) const {
-    return max(0, min(end * kVec, shift + cols) - max(begin * kVec, shift));
+  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), head(0), body(cols) {
+    if constexpr (kShifted) {
+      head = min(int(kVec - uint32_t(row) * uint32_t(cols) % kVec) % kVec, cols);
+      body = (cols - head) / kVec * kVec;
+    }
   }
-  // The column of element 0 of a vector; less than 0 in a shifted row's first.
-  __device__ __forceinline__ int column(int vector) const { return vector * kVec - shift; }
-  __device__ __forceinline__ bool holds(int column) const { return column >= 0 && column < cols; }
-  __device__ __forceinline__ bool whole(int vector) const {
-    return !kShifted || (column(vector) >= 0 && column(vector) <= cols - kVec);
-  }
+  // Of a row with the most.
+  __device__ __forceinline__ static int most_vectors(int cols) { return cols / kVec; }
+  __device__ __forceinline__ int vectors() const { return body / kVec; }
+  // Columns in vectors [begin, end).
+  __device__ __forceinline__ int count(int begin, int end) const { return max(0, min(end, vectors()) - begin) * kVec; }
+  // The first of a vector.
+  __device__ __forceinline__ int column(int vector) const { return head + vector * kVec; }
+  // How many are outer, and the lane's.
+  __device__ __forceinline__ int outer_columns() const { return cols - body; }
+  __device__ __forceinline__ int outer(int lane) const { return lane < head ? lane : lane + body; }
 };
 
 // The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those that start equally far from 16 bytes one
@@ -97,36 +100,26 @@ __device__ __forceinline__ Share share_of(int vectors, int rank, int blocks) {
   return {begin, min(each, vectors - begin)};
 }
 
-// weight or bias for a vector before vector `end`, else zeros.
+// weight or bias for a vector, or zeros.
 template <int kVec, bool kShifted>
-__device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent, int end) {
+__device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc absent, bool valid) {
   const int c = frame.column(vector);
   if constexpr (!kShifted) {
-    return vector < end ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
+    return valid ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
   } else {
+    if (!valid || !p) return filled<Param, kVec>(valid ? absent : Acc(0));
+    // With what load_skewed_if reads behind it.
+    if (c <= frame.cols - (2 * kVec - 1)) return load_skewed_if<Param, kVec, -1>(p + c, true);
     Acc f[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = vector >= end || !frame.holds(c + i) ? Acc(0) : p ? widen(__ldg(p + c + i)) : absent;
+    for (int i = 0; i < kVec; i++) f[i] = widen(__ldg(p + c + i));
     return Vec<Param, kVec>::of(f);
   }
 }
-// As load_weight, of a vector before vector `end`.
+// As load_weight.
 template <int kVec, bool kShifted>
-__device__ __forceinline__ Vec<Param, kVec> load_weight_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc offset, int end) {
-  return with_offset<kVec>(load_param_of(frame, p, vector, 1, end), offset);
-}
-// Stores the vector at p, of which a row's first and last may hold less.
-template <int kVec, bool kShifted>
-__device__ __forceinline__ void store_of(const Frame<kVec, kShifted>& frame, X* p, const Acc (&f)[kVec], int vector, bool valid) {
-  const bool whole = frame.whole(vector);
-  store<X, kVec>(p, f, valid && whole);
-  if constexpr (kShifted) {
-    if (valid && !whole) {
-#pragma unroll
-      for (int i = 0; i < kVec; i++)
-        if (frame.holds(frame.column(vector) + i)) p[i] = X(f[i]);
-    }
-  }
+__device__ __forceinline__ Vec<Param, kVec> load_weight_of(const Frame<kVec, kShifted>& frame, const Param* p, int vector, Acc offset, bool valid) {
+  return with_offset<kVec>(load_param_of(frame, p, vector, 1, valid), offset);
 }
 
 // Among the kVec lanes of an aligned group: lane i gets element i of each lane's values.
@@ -158,15 +151,11 @@ __device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame
     transpose(g);
     const int i = threadIdx.x % kVec, first = vector - i;
 #pragma unroll
-    for (int j = 0; j < kVec; j++) {
-      const int c = frame.column(first + j) + i;
-      if (first + j < end && frame.holds(c)) out[c] = g[j];
-    }
+    for (int j = 0; j < kVec; j++)
+      if (first + j < end) out[frame.column(first + j) + i] = g[j];
   } else if (vector < end) {
-    const int c = frame.column(vector);
 #pragma unroll
-    for (int i = 0; i < kVec; i++)
-      if (frame.holds(c + i)) out[c + i] = f[i];
+    for (int i = 0; i < kVec; i++) out[frame.column(vector) + i] = f[i];
   }
 }
 
@@ -187,8 +176,8 @@ template <Owner kOwner> __device__ __forceinline__ Group group_of(int blocks) {
   return {rank, blocks, int(blockIdx.x / blocks), int(gridDim.x / blocks)};
 }
 
-// Lets no compute warp of the block pass before all `warps` have come.
-__device__ __forceinline__ void compute_sync(int warps) { asm volatile("bar.sync 1, %0;" ::"r"(warps * kWarp) : "memory"); }
+// Lets no communication warp of the block pass before all kWarps have come.
+template <int kWarps> __device__ __forceinline__ void communication_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWarps * kWarp) : "memory"); }
 
 // Lets no thread of the cluster pass before all have come.
 template <Owner kOwner> __device__ __forceinline__ void sync_owner() {
@@ -233,64 +222,28 @@ template <int kVec, int kTensors> struct Chunks {
   __device__ __forceinline__ static Vec<X, kVec> read(uint32_t at) { return load_shared<Vec<X, kVec>>(at); }
   // A slot that is never filled stays zero.
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from) { copy_async<kBytes>(at, from); }
   // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
   __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid) {
     if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid);
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
-  // As fill, of a vector of a row in `frame`. What a slot holds of other rows is for `patch`.
-  template <bool kShifted>
-  __device__ __forceinline__ static void fill_of(const Frame<kVec, kShifted>& frame, uint32_t at, const X* from, int vector, const X* end) {
-    if (frame.whole(vector)) {
-      copy_async<kBytes>(at, from);
-    } else if (frame.column(vector) < frame.cols) {
-      if (from + kVec <= end) {
-        copy_async<kBytes>(at, from);
-      } else {
-        // Nothing behind the tensor is read.
-#pragma unroll 1
-        for (int i = 0; from + i < end; i++) store_shared(at + i * int(sizeof(X)), load_vec<X, 1>(from + i), true);
-      }
-    }
-  }
-  // Element i of a slot.
-  __device__ __forceinline__ static X element(uint32_t at, int i) { return load_shared<X>(at + i * int(sizeof(X))); }
-  // Of a vector that is not whole: `value` where it holds none of the row.
-  template <bool kShifted>
-  __device__ __forceinline__ static void patch(const Frame<kVec, kShifted>& frame, uint32_t at, int vector, X value) {
-#pragma unroll
-    for (int i = 0; i < kVec; i++) store_shared(at + i * int(sizeof(X)), value, !frame.holds(frame.column(vector) + i));
-  }
 };
 
 // The sums of a thread's part of a row about one of its first values, in one pass, and exactly where mean >> std.
-template <int kVec, bool kShifted> struct OwnSums {
+template <int kVec> struct OwnSums {
   Acc center = 0;
   Pair sums = {0, 0};
 
-  using C = Chunks<kVec, 1>;
-
   // Of the values that sums start with, one that is no outlier unless two are: all others' deviations from it would cancel.
-  __device__ __forceinline__ static Acc center_of(const Frame<kVec, kShifted>& frame, uint32_t at, int vector) {
-    const Vec<X, kVec> v = C::read(at);
-    Acc center = v[0];
-    if constexpr (kVec > 2) center = max(min(v[0], v[1]), min(max(v[0], v[1]), v[2]));
-    if constexpr (kShifted) {
-      if (!frame.whole(vector)) center = widen(C::element(at, max(0, min(-frame.column(vector), kVec - 1))));
-      // The row's first values may be few, and many follow: theirs is the next lane's.
-      const Acc next = __shfl_down_sync(kFull, center, 1);
-      if (frame.column(vector) < 0 && frame.column(vector + 1) < frame.cols) center = next;
-    }
-    return center;
+  __device__ __forceinline__ static Acc center_of(const Vec<X, kVec>& v) {
+    if constexpr (kVec > 2) return max(min(v[0], v[1]), min(max(v[0], v[1]), v[2]));
+    else return v[0];
   }
 
-  // Adds the vector in a slot, the row's or, if not valid, zeros.
-  __device__ __forceinline__ void add(const Frame<kVec, kShifted>& frame, uint32_t at, int vector, bool first, bool valid, bool remove_mean) {
-    if (first) *this = {0, {0, 0}};
-    if (first && remove_mean) center = center_of(frame, at, vector);
-    // What counts for nothing: the center.
-    if (kShifted && valid && !frame.whole(vector)) C::patch(frame, at, vector, X(center));
-    const Vec<X, kVec> v = C::read(at);
+  // Adds a vector, the row's or, if not valid, zeros.
+  __device__ __forceinline__ void add(const Vec<X, kVec>& v, bool first, bool valid, bool remove_mean) {
+    if (first) *this = {remove_mean ? center_of(v) : Acc(0), {0, 0}};
     const Acc from = valid ? center : Acc(0);
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
@@ -307,6 +260,68 @@ template <int kVec, bool kShifted> struct OwnSums {
     const Pair pieces[1] = {{center - warp_center + own.a, own.b}};
     const Acc counts[1] = {count};
     return merge_moments(warp_center, pieces, counts, inv_warp);
+  }
+};
+
+// Backward, a row's outer columns, one a lane: as Columns. Nothing where there are none.
+template <int kVec, bool kShifted> struct OuterColumns {
+  Columns<1, 1> own;
+  // Of the row that is next, on their way.
+  Vec<X, 1> x_ahead, dy_ahead;
+  // Of the row at hand.
+  Vec<X, 1> x, dy;
+  int column;
+  bool has;
+
+  using F = Frame<kVec, kShifted>;
+
+  // Of rows in `frame`, from here on.
+  __device__ __forceinline__ void start(const F& frame, bool here, const Param* weight, Acc weight_offset) {
+    if constexpr (kShifted) {
+      const int lane = threadIdx.x % kWarp;
+      column = frame.outer(lane);
+      has = here && lane < frame.outer_columns();
+      own.start(0, load_weight<1>(weight, column, weight_offset, has));
+    }
+  }
+  // Asks for a row, which starts at `at`.
+  __device__ __forceinline__ void load(const F& frame, bool here, const X* xs, const X* dys, int64_t at) {
+    if constexpr (kShifted) {
+      const int lane = threadIdx.x % kWarp;
+      const bool valid = here && lane < frame.outer_columns();
+      x_ahead = load_vec<X, 1>(xs + at + frame.outer(lane), valid);
+      dy_ahead = load_vec<X, 1>(dys + at + frame.outer(lane), valid);
+    }
+  }
+  // Adds the row that was asked for.
+  __device__ __forceinline__ void add(const Normalizer& row, Acc weight_offset, Pair& sums) {
+    if constexpr (kShifted) {
+      x = x_ahead;
+      dy = dy_ahead;
+      own.add(0, x, dy, row, weight_offset, sums);
+    }
+  }
+  __device__ __forceinline__ void store_dx(X* dx, int64_t at, const Scales& s, Acc weight_offset) {
+    if constexpr (kShifted) own.store_dx(dx + at + column, 0, x, dy, s, weight_offset, dx && has);
+  }
+  // Of all kWarps warps that have rows, the first gets the sums, added in order.
+  template <int kWarps> __device__ __forceinline__ void add_up(int warp) {
+    if constexpr (kWarps > 1) {
+      __shared__ Pair parts[kWarps][kWarp];
+      const int lane = threadIdx.x % kWarp;
+      parts[warp][lane] = {own.dweight[0][0], own.dbias[0][0]};
+      communication_sync<kWarps>();
+      Pair sum = {0, 0};
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) sum = sum + parts[w][lane];
+      own.dweight[0][0] = sum.a;
+      own.dbias[0][0] = sum.b;
+      communication_sync<kWarps>();
+    }
+  }
+  __device__ __forceinline__ void store_sums(Acc* out, bool bias) const {
+    if constexpr (kShifted)
+      if (has) out[column] = bias ? own.dbias[0][0] : own.dweight[0][0];
   }
 };
 

@@ -57,6 +57,9 @@ struct alignas(sizeof(Acc) * 2) Normalizer {
 // kPer vectors of a row, a thread's own; those past the row are zero, and no sum counts them. No branches: they would keep loads and
 // arithmetic of different vectors apart.
 template <int kVec, int kPer> struct Slice {
+  static constexpr int kVectors = kPer;
+  // The distance of rows that a thread may hold together.
+  static constexpr int kApart = 1;
   Vec<X, kVec> v[kPer];
 
   // Vector k of thread t of `threads` starts at column (k * threads + t) * kVec.
@@ -88,14 +91,16 @@ template <int kVec, int kPer> struct Slice {
     }
 #endif
   }
-  __device__ __forceinline__ Acc sum() const {
+  // Of the first kFirst vectors of each thread, and how many columns these are.
+  template <int kFirst> __device__ __forceinline__ Acc sum() const {
     Acc s = 0;
 #pragma unroll
-    for (int k = 0; k < kPer; k++)
+    for (int k = 0; k < kFirst; k++)
 #pragma unroll
       for (int i = 0; i < kVec; i++) s += v[k][i];
     return s;
   }
+  template <int kFirst> __device__ __forceinline__ int summed(int threads, int cols) const { return min(cols, kFirst * threads * kVec); }
   // The sums of (x - center) and (x - center)^2.
   __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
     Pair s = {0, 0};
@@ -110,6 +115,35 @@ template <int kVec, int kPer> struct Slice {
       }
     }
     return s;
+  }
+};
+
+// The same of a row that need not start on 16 bytes: whole vectors of memory, each followed by kVec - 1 elements of the row, and before and
+// behind them less than 3 * kVec elements, of which a thread has one.
+template <int kVec, int kPer> struct ShiftedSlice {
+  static constexpr int kVectors = kPer;
+  // Those that start equally far from 16 bytes.
+  static constexpr int kApart = kVec;
+  Slice<kVec, kPer> inner;
+  Slice<1, 1> outer;
+  // Elements before the first vector, and in vectors.
+  int head, body;
+
+  // Where a thread's element stands before it moves past the vectors.
+  __device__ __forceinline__ int skip(int t) const { return t < head ? 0 : body; }
+  template <typename... Policy> __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, Policy... policy) {
+    head = min((kVec - int(skew_of(row) / sizeof(X))) % kVec, cols);
+    body = max(cols - head - (kVec - 1), 0) / kVec * kVec;
+    inner.load(row + head, t, threads, body, policy...);
+    outer.load(row + skip(t), t, threads, cols - body);
+  }
+  __device__ __forceinline__ void add(const ForwardAdd&, int64_t, int, int, int) {}
+  template <int kFirst> __device__ __forceinline__ Acc sum() const { return inner.template sum<kFirst>() + outer.template sum<1>(); }
+  template <int kFirst> __device__ __forceinline__ int summed(int threads, int cols) const {
+    return inner.template summed<kFirst>(threads, body) + cols - body;
+  }
+  __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
+    return inner.sums(center, t, threads, body) + outer.sums(center, t, threads, cols - body);
   }
 };
 

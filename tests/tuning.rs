@@ -6,20 +6,13 @@ mod common;
 use anyhow::Result;
 use candle_fused_layer_norm::bench::Access;
 use candle_fused_layer_norm::tuning::{self, Direction, Entry, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use tempfile::NamedTempFile;
 
-/// A file of this test's own.
-fn path(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!(
-        "candle-fused-layer-norm-{}-{name}.json",
-        std::process::id()
-    ))
-}
-
-fn written(name: &str, text: &str) -> Result<PathBuf> {
-    let path = path(name);
-    std::fs::write(&path, text)?;
-    Ok(path)
+fn written(text: &str) -> Result<NamedTempFile> {
+    let file = NamedTempFile::new()?;
+    std::fs::write(&file, text)?;
+    Ok(file)
 }
 
 /// Why `load` refuses a file, without the prefix that all reasons share.
@@ -49,10 +42,11 @@ fn entry(kernel: &str) -> Entry {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_refused() {
-    let reason = refusal(&path("missing"));
+fn a_file_that_cannot_be_read_is_refused() -> Result<()> {
+    let reason = refusal(&tempfile::tempdir()?.path().join("missing"));
     let expected = "expected a readable tuning file, got: ";
     assert!(reason.starts_with(expected), "{reason}");
+    Ok(())
 }
 
 #[test]
@@ -78,7 +72,7 @@ fn what_is_no_tuning_file_is_refused() -> Result<()> {
             "unknown variant `forward`",
         ),
     ] {
-        let reason = refusal(&written(name, text)?);
+        let reason = refusal(written(text)?.path());
         let expected = format!("expected the JSON of a tuning file, got: {got}");
         assert!(reason.starts_with(&expected), "{name}: {reason}");
     }
@@ -108,17 +102,17 @@ fn a_file_of_another_crate_or_version_is_refused_even_of_another_form() -> Resul
             "crate: expected candle-fused-layer-norm, got another".to_owned(),
         ),
     ] {
-        assert_eq!(refusal(&written(name, &text)?), expected);
+        assert_eq!(refusal(written(&text)?.path()), expected, "{name}");
     }
     Ok(())
 }
 
 #[test]
 fn a_kernel_that_the_crate_lacks_is_refused() -> Result<()> {
-    let path = path("kernel");
-    File::new("GPU".into(), 1, vec![entry("forward_fast")]).write(&path)?;
+    let path = NamedTempFile::new()?;
+    File::new("GPU".into(), 1, vec![entry("forward_fast")]).write(path.path())?;
     assert_eq!(
-        refusal(&path),
+        refusal(path.path()),
         "choices[0]: kernel: expected the name of a forward kernel, got `forward_fast`"
     );
     Ok(())
@@ -127,12 +121,13 @@ fn a_kernel_that_the_crate_lacks_is_refused() -> Result<()> {
 /// What is loaded holds for the process, so all of it is one test.
 #[test]
 fn a_written_file_loads() -> Result<()> {
-    let path = path("written");
-    File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]).write(&path)?;
-    tuning::load(&path)?;
+    let file = NamedTempFile::new()?;
+    let path = file.path();
+    File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]).write(path)?;
+    tuning::load(path)?;
     #[cfg(feature = "cuda")]
     for device in common::devices::cuda_devices() {
-        cuda::refuses_the_file_of_another_gpu(device, &path)?;
+        cuda::refuses_the_file_of_another_gpu(device, path)?;
         cuda::takes_each_choice(device)?;
     }
     tuning::clear();
@@ -207,7 +202,7 @@ mod cuda {
             (Access::Wide, Access::Wide)
         );
         let (gpu, multiprocessors) = bench::gpu(device)?;
-        let path = path("choices");
+        let path = NamedTempFile::new()?;
         for (i, &f) in forward.choices.iter().enumerate() {
             let b = backward.choices[i % backward.choices.len()];
             let entries = vec![

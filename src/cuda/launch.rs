@@ -1,18 +1,12 @@
 //! Launching a planned kernel: all of this backend's `unsafe` but the allocation of outputs.
 
 use super::ptx;
-use crate::plan::Launch;
+use crate::plan::{DeviceFacts, Launch};
 use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
-use cudarc::driver::{
-    CudaFunction, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys,
-};
+use cudarc::driver::{CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
-
-/// Blocks of a cluster that every device with clusters takes.
-const PORTABLE_CLUSTER: u32 = 8;
 
 /// What the driver is told of a launch beyond its grid.
 fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
@@ -43,22 +37,6 @@ fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
         attributes.push(a);
     }
     attributes
-}
-
-/// Lets blocks of `function` have so many bytes of dynamic shared memory. Without asking, a block has 48 KiB, of which its static
-/// shared memory takes a part.
-///
-/// The limit is the function's, not the launch's: it is only ever raised, or a thread would lower it between another's asking
-/// and its launch.
-fn allow_shared(function: &CudaFunction, bytes: i32) -> Result<()> {
-    const LIMIT: sys::CUfunction_attribute =
-        sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    static RAISING: Mutex<()> = Mutex::new(());
-    let _raising = RAISING.lock().unwrap_or_else(PoisonError::into_inner);
-    if function.get_attribute(LIMIT).w()? < bytes {
-        function.set_attribute(LIMIT, bytes).w()?;
-    }
-    Ok(())
 }
 
 /// A kernel's arguments, in its order: outputs, inputs, scalars.
@@ -143,20 +121,12 @@ impl<'a> Arguments<'a> {
         mut self,
         problem: &Problem,
         device: &CudaDevice,
-        base: u32,
+        facts: &DeviceFacts,
         launch: &Launch,
     ) -> Result<()> {
         let op = problem.op_name();
         let dtypes = (problem.dtype, problem.param_dtype);
-        let function = ptx::function(op, device, base, launch.file, dtypes, launch.entry)?;
-        use sys::CUfunction_attribute as F;
-        if launch.shared > 0 {
-            allow_shared(&function, launch.shared as i32)?;
-        }
-        if launch.cluster > PORTABLE_CLUSTER {
-            let attribute = F::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-            function.set_attribute(attribute, 1).w()?;
-        }
+        let function = ptx::function(op, device, facts, dtypes, launch)?;
         let mut parameters: Vec<*mut c_void> = self
             .cells
             .iter_mut()
@@ -181,7 +151,7 @@ impl<'a> Arguments<'a> {
         unsafe {
             sys::cuLaunchKernelEx(
                 &config,
-                function.cu_function(),
+                function.0,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

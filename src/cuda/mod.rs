@@ -428,7 +428,7 @@ fn normalize<T: Element, P: Element>(
             // SAFETY: FORWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something to be added, then `meetings` and
             // `group_blocks`, which only the kernels of forward_ring.cu read. x, y, sum and residual are [rows, cols], mean and rstd
             // are [rows], weight and bias [cols], as Problem checked.
-            unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
+            unsafe { args.launch(problem, device, &gpu.facts, launch)? };
         }
         [moments, normalize] => {
             let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
@@ -439,7 +439,7 @@ fn normalize<T: Element, P: Element>(
             args.i32(cols);
             args.bool(problem.remove_mean);
             // SAFETY: split_moments(part [rows, blocks] of pairs, x [rows, cols], rows, cols, remove_mean).
-            unsafe { args.launch(problem, device, gpu.facts.base, moments)? };
+            unsafe { args.launch(problem, device, &gpu.facts, moments)? };
             let part = part.slice(..);
             let mut args = Arguments::new(&stream);
             args.output(Some(&mut *y));
@@ -454,7 +454,7 @@ fn normalize<T: Element, P: Element>(
             args.acc::<T::Acc>(problem.eps);
             args.acc::<T::Acc>(problem.weight_offset());
             // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps, weight_offset), of the shapes above.
-            unsafe { args.launch(problem, device, gpu.facts.base, normalize)? };
+            unsafe { args.launch(problem, device, &gpu.facts, normalize)? };
         }
         _ => bail!(
             "{}: expected a plan of one or two launches, got {plan:?}",
@@ -487,7 +487,7 @@ fn add<T: Element>(
     elements(&mut args, problem, starts);
     dropout_arguments::<T::Acc>(&mut args, dropout);
     // SAFETY: add_forward(sum, x, residual, n, vectors, seed, threshold, scale); all are of n elements.
-    unsafe { args.launch(problem, device, gpu.facts.base, &launch) }
+    unsafe { args.launch(problem, device, &gpu.facts, &launch) }
 }
 
 /// n and vectors, as the kernels of add.cu take them.
@@ -636,7 +636,7 @@ fn add_gradient<T: Element>(
     elements(&mut args, problem, starts);
     dropout_arguments::<T::Acc>(&mut args, arriving.dropout);
     // SAFETY: add_backward(dx, dresidual, dsum, norm, n, vectors, seed, threshold, scale); all are of n elements.
-    unsafe { args.launch(problem, device, gpu.facts.base, &launch) }
+    unsafe { args.launch(problem, device, &gpu.facts, &launch) }
 }
 
 /// What a backward pass reads.
@@ -788,7 +788,7 @@ fn gradients<T: Element, P: Element>(
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
             // [plan.parts, cols], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
-            unsafe { args.launch(problem, device, gpu.facts.base, launch)? };
+            unsafe { args.launch(problem, device, &gpu.facts, launch)? };
         }
         [sums, write_dx] => {
             let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
@@ -808,7 +808,7 @@ fn gradients<T: Element, P: Element>(
             args.acc::<T::Acc>(problem.weight_offset());
             // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, cols], part [rows, blocks] of
             // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
-            unsafe { args.launch(problem, device, gpu.facts.base, sums)? };
+            unsafe { args.launch(problem, device, &gpu.facts, sums)? };
             if dx.is_some() {
                 let part = part.slice(..);
                 let mut args = Arguments::new(&stream);
@@ -825,7 +825,7 @@ fn gradients<T: Element, P: Element>(
                 args.acc::<T::Acc>(problem.weight_offset());
                 // SAFETY: split_gradients(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean, weight_offset), of the shapes
                 // above.
-                unsafe { args.launch(problem, device, gpu.facts.base, write_dx)? };
+                unsafe { args.launch(problem, device, &gpu.facts, write_dx)? };
             }
         }
         _ => bail!(
@@ -847,7 +847,7 @@ fn gradients<T: Element, P: Element>(
     args.i32(plan.parts);
     args.i32(cols);
     // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
-    unsafe { args.launch(problem, device, gpu.facts.base, &plan.finalize) }
+    unsafe { args.launch(problem, device, &gpu.facts, &plan.finalize) }
 }
 
 /// A forward pass over contiguous tensors that runs again and again into the same memory.

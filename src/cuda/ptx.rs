@@ -1,8 +1,11 @@
 //! The compiled kernels, and which of them a device runs.
 
+use crate::plan::{DeviceFacts, Launch};
+use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Result, bail};
-use cudarc::driver::CudaFunction;
-use std::sync::{Mutex, PoisonError};
+use cudarc::driver::{CudaFunction, sys};
+use std::collections::HashMap;
+use std::sync::{LazyLock, PoisonError, RwLock};
 
 /// The kernels of one file for one pair of dtypes.
 pub(super) struct File {
@@ -22,6 +25,9 @@ pub(super) struct Kernel {
 }
 
 include!(concat!(env!("OUT_DIR"), "/ptx_table.rs"));
+
+/// Blocks of a cluster that every device with clusters takes.
+const PORTABLE_CLUSTER: usize = 8;
 
 /// Names the newest base to be used, so that kernels of older devices can be tested on a newer one.
 const BASE_VARIABLE: &str = "CANDLE_FUSED_LAYER_NORM_BASE";
@@ -58,14 +64,54 @@ pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
     }
 }
 
+/// A loaded kernel.
+#[derive(Clone, Copy)]
+pub(super) struct Function(pub sys::CUfunction);
+
+// SAFETY: a handle that the driver takes from any thread.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// The device, the dtypes of x and of weight, and a launch's file and entry.
+type Key = (DeviceId, (DType, DType), &'static str, &'static str);
+
+/// A launch's kernel, loaded when the device first needs it. candle keeps the module as long as the device, whose id no other ever has.
 pub(super) fn function(
     op: &str,
     device: &CudaDevice,
-    base: u32,
-    file: &str,
+    facts: &DeviceFacts,
+    dtypes: (DType, DType),
+    launch: &Launch,
+) -> Result<Function> {
+    // candle itself looks a module up by name, and a function in it by asking the driver. Of threads that miss a module it lets each load
+    // it, and unloads the one before.
+    static LOADED: LazyLock<RwLock<HashMap<Key, Function>>> = LazyLock::new(Default::default);
+    let key = (device.id(), dtypes, launch.file, launch.entry);
+    // No panic leaves an entry half written.
+    let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&function) = loaded.get(&key) {
+        return Ok(function);
+    }
+    drop(loaded);
+    let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&function) = loaded.get(&key) {
+        return Ok(function);
+    }
+    let function = load(op, device, facts, dtypes, launch)?;
+    let function = Function(prepare(&function, facts, launch)?);
+    loaded.insert(key, function);
+    Ok(function)
+}
+
+fn load(
+    op: &str,
+    device: &CudaDevice,
+    facts: &DeviceFacts,
     (x, param): (DType, DType),
-    entry: &str,
+    launch: &Launch,
 ) -> Result<CudaFunction> {
+    let (file, entry, base) = (launch.file, launch.entry, facts.base);
     let kernel = FILES
         .iter()
         .find(|f| f.base == base && f.x == x && f.param == param && f.name == file)
@@ -77,13 +123,30 @@ pub(super) fn function(
             param.as_str()
         )
     };
-    // Left to itself, candle loads a module for each thread that finds it missing, and unloads the one before.
-    static LOADING: Mutex<()> = Mutex::new(());
-    let _loading = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
     device
         .get_or_load_custom_func(entry, kernel.module, kernel.ptx)
         .map(|function| function.into_cuda_function())
         .map_err(|error| explain(op, kernel, base, error))
+}
+
+/// Lets a kernel have what its launches may ask for: without asking, a block has 48 KiB of shared memory, and a cluster 8 blocks.
+fn prepare(
+    function: &CudaFunction,
+    facts: &DeviceFacts,
+    launch: &Launch,
+) -> Result<sys::CUfunction> {
+    use sys::CUfunction_attribute as A;
+    if launch.shared > 0 {
+        let taken = function.get_attribute(A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
+        let left = facts.shared_per_block as i32 - taken.w()?;
+        let attribute = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, left).w()?;
+    }
+    if launch.cluster > 1 && facts.max_cluster > PORTABLE_CLUSTER {
+        let attribute = A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        function.set_attribute(attribute, 1).w()?;
+    }
+    Ok(function.cu_function())
 }
 
 /// Says what to do about a module that does not load.
