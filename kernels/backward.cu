@@ -8,7 +8,7 @@
 //               up the blocks.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * blocks * cols for the partials, written and read (in f32).
 // Launch        backward_warp_{wide,shifted,single}_LxP: block kThreads, L lanes a row, cols <= L * P * kVec; shared:
-//               max(kRing * 2 * kThreads * P * kVec * sizeof(X), kThreads / 32 * cols * sizeof(Acc)). Partials: [blocks, cols].
+//               max(kRing * 2 * kThreads * P * kVec * sizeof(X), kThreads / 32 * part_step(cols) * sizeof(Acc)). Partials: [blocks, cols].
 //               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
 //               warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be
 //               null.
@@ -38,7 +38,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   bool valid[kPer];
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
-    valid[k] = k * kLanes + t < frame.vectors();
+    valid[k] = k * kLanes + t < frame.vectors;
     if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
@@ -55,8 +55,13 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
         const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
         const int64_t from = next + k * kLanes * kVec;
         if (!valid[k]) continue;
-        C::fill(xs, x + from, it < own_iterations);
-        C::fill(dys, dy + from, it < own_iterations);
+        if constexpr (kShifted) {
+          C::fill_by_l1(xs, x + from, it < own_iterations);
+          C::fill_by_l1(dys, dy + from, it < own_iterations);
+        } else {
+          C::fill(xs, x + from, it < own_iterations);
+          C::fill(dys, dy + from, it < own_iterations);
+        }
       }
     }
     next += step;
@@ -129,11 +134,11 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
         for (int o = kWarp / 2; o; o /= 2)
           if (o >= kLanes) sum[i] += __shfl_xor_sync(kFull, sum[i], o);
-      store_columns(frame, part + warp * cols, k * kLanes + t, sum, lane < kLanes ? frame.vectors() : 0);
+      store_columns(frame, part + warp * part_step(cols), k * kLanes + t, sum, lane < kLanes ? frame.vectors : 0);
     }
-    outer.store_sums(part + warp * cols, tensor);
+    outer.store_sums(part + warp * part_step(cols), tensor);
     __syncthreads();
-    add_owners<kShifted ? 1 : kVec>(out + int64_t(blockIdx.x) * cols, part, warps, cols, threadIdx.x, blockDim.x);
+    add_owners(out + int64_t(blockIdx.x) * part_step(cols), part, warps, cols, threadIdx.x, blockDim.x);
   }
 }
 
@@ -164,9 +169,11 @@ BACKWARD_WARP(single, 1, 32, 16, 1)
 #elif defined(LN_SHIFTED)
 #if LN_X_BYTES == 2
 BACKWARD_WARP(shifted, kWide, 32, 2, 2)
+BACKWARD_WARP(shifted, kWide, 32, 3, 1)
 BACKWARD_WARP(shifted, kWide, 32, 4, 1)
 #elif LN_X_BYTES == 4
 BACKWARD_WARP(shifted, kWide, 32, 4, 1)
+BACKWARD_WARP(shifted, kWide, 32, 6, 1)
 BACKWARD_WARP(shifted, kWide, 32, 8, 1)
 #else
 BACKWARD_WARP(shifted, kWide, 32, 4, 1)

@@ -7,7 +7,7 @@
 //               dbias; a block has added up its teams'.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * parts * cols for the partials, written and read (in f32).
 // Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4 (wide) or 2; T * W <= 16. shared:
-//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? T * cols * sizeof(Acc) : 0);
+//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? T * part_step(cols) * sizeof(Acc) : 0);
 //               cols <= blocks * W * 32 * kPer * kVec.
 //               backward_block_*: T >= 1 teams, partials [blocks, cols].
 //               backward_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
@@ -51,9 +51,10 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   using F = Frame<kVec, kShifted>;
   // Partial sums: of a block; of an owner and a kind of its rows, of which the next owner's first is the same or the next.
   auto first_row = own_rows.at(0);
-  int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(first_row)) * cols;
+  const int step = part_step(cols);
+  int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(first_row)) * step;
   // No owner has this kind's predecessor beside it.
-  const bool alone = kSorted && own_rows.starts_kind(first_row);
+  const bool alone = own_rows.starts_kind(first_row);
 
   if (warp >= warps) {
     const int own_warp = warp - warps;
@@ -63,19 +64,33 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
     // The first of a row's blocks has its outer columns.
     const bool here = group.rank == 0;
     OuterColumns<kVec, kShifted> outer;
-    auto place = first_row, ahead = first_row;
-    const auto load_ahead = [&](int it) {
-      if (kShifted && it < own_rows.count) outer.load(F(cols, ahead), here, x, dy, ahead * int64_t(cols));
+    // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
+    constexpr int kFar = kRing / kComm + 2;
+    auto place = first_row, ahead = first_row, far = first_row;
+    const auto advance = [&](auto& row, int rows) {
+      for (int i = 0; i < rows; i++) row = own_rows.next(row);
     };
-    for (int i = 0; i < own_warp; i++) ahead = own_rows.next(ahead);
-    load_ahead(own_warp);
+    const auto load_ahead = [&](int it) {
+      if (it < own_rows.count) outer.load(F(cols, ahead), here, x, dy, ahead * int64_t(cols));
+      advance(ahead, kComm);
+    };
+    const auto prefetch = [&](int it) {
+      if (it < own_rows.count) outer.prefetch(F(cols, far), here, x, dy, far * int64_t(cols));
+      advance(far, kComm);
+    };
+    if constexpr (kShifted) {
+      advance(ahead, own_warp);
+      far = ahead;
+      load_ahead(own_warp);
+      for (int i = 0; i < kFar; i++) prefetch(own_warp + i * kComm);
+    }
     int it = 0;
 #pragma unroll 1
     do {
       outer.start(F(cols, place), here, weight, weight_offset);
       if (alone && it == 0 && own_warp == 0) {
-        if (dweight_part) outer.store_sums(dweight_part + part - cols, false);
-        if (dbias_part) outer.store_sums(dbias_part + part - cols, true);
+        if (dweight_part) outer.store_sums(dweight_part + part - step, false);
+        if (dbias_part) outer.store_sums(dbias_part + part - step, true);
       }
       const int stop = kSorted ? own_rows.end_of_kind(it, place) : own_rows.count;
 #pragma unroll 1
@@ -84,8 +99,10 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         const Normalizer row = statistics.at(mean, rstd, own_rows, it);
         Pair outer_sums = {0, 0};
         outer.add(row, weight_offset, outer_sums);
-        for (int i = 0; i < kComm; i++) ahead = own_rows.next(ahead);
-        load_ahead(it + kComm);
+        if constexpr (kShifted) {
+          load_ahead(it + kComm);
+          prefetch(it + kFar * kComm);
+        }
         const Pair own = warp_sum(mail.collect(it, warps) + outer_sums);
         const auto sum = [](const auto& heard) {
           Pair p = {0, 0};
@@ -107,22 +124,23 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
           continue;
         }
         __syncthreads();
-        outer.store_sums(reinterpret_cast<Acc*>(shared) + team * cols, tensor);
+        outer.store_sums(reinterpret_cast<Acc*>(shared) + team * step, tensor);
         __syncthreads();
       }
-      part += cols;
+      part += step;
     } while (kSorted && it < own_rows.count);
   } else {
     const Share share = share_of(F::most_vectors(cols), group.rank, group.blocks);
     // This thread's vectors: of the share, and of the row.
     const int vector = share.begin + warp * kPer * kWarp + lane;
     const int last = share.begin + share.vectors;
-    const auto end_in = [&](const F& frame) { return min(last, frame.vectors()); };
+    const auto end_in = [&](const F& frame) { return min(last, frame.vectors); };
     const F first_frame(cols, first_row);
     bool valid[kPer];
 #pragma unroll
     for (int k = 0; k < kPer; k++) valid[k] = vector + k * kWarp < end_in(first_frame);
-    const auto holds = [&](const F& frame, int k) { return kSorted ? vector + k * kWarp < end_in(frame) : valid[k]; };
+    // In a row that reaches so far.
+    const auto holds = [&](int end, int k) { return kSorted ? vector + k * kWarp < end : valid[k]; };
     Columns<kVec, kPer> own;
     using C = Chunks<kVec, 2>;
     const uint32_t begin = C::start(shared, team * warps + warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
@@ -130,7 +148,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
       at += kPer * C::kChunk;
       if (at == end) at = begin;
     };
-    if constexpr (!kSorted)
+    if constexpr (!kShifted)
 #pragma unroll
       for (int k = 0; k < kPer; k++)
         if (!valid[k])
@@ -141,20 +159,24 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     auto next = first_row;
     F next_frame = first_frame;
+    int next_end = end_in(first_frame);
     Statistics<1> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     const auto fill = [&](int it, uint32_t at) {
       if (it < own_rows.count) {
-        if constexpr (kSorted) next_frame = F(cols, next);
+        if (own_rows.starts_kind(next)) {
+          next_frame = F(cols, next);
+          next_end = end_in(next_frame);
+        }
         const int64_t from = offset_of(next_frame, next);
 #pragma unroll
         for (int k = 0; k < kPer; k++) {
-          const bool held = holds(next_frame, k);
+          const bool held = holds(next_end, k);
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
           // Of sorted rows, one may have a vector less than the one whose slots it takes.
-          if (kSorted) {
-            C::fill(xs, x + from + k * kWarp * kVec, held);
-            C::fill(dys, dy + from + k * kWarp * kVec, held);
+          if constexpr (kShifted) {
+            C::fill_by_l1(xs, x + from + k * kWarp * kVec, held);
+            C::fill_by_l1(dys, dy + from + k * kWarp * kVec, held);
           } else if (held) {
             C::fill(xs, x + from + k * kWarp * kVec);
             C::fill(dys, dy + from + k * kWarp * kVec);
@@ -179,25 +201,38 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
+    // Of the row whose dx is written next.
     auto dx_row = first_row;
-    const auto dx_offset = [&](const F& frame) { return offset_of(frame, kSorted ? dx_row : next - kRing * own_rows.step); };
-    // Of the row whose dx is written next, loaded while another is summed.
+    F dx_frame = first_frame;
+    int dx_end = end_in(first_frame);
+    const auto dx_offset = [&]() { return offset_of(dx_frame, kSorted ? dx_row : next - kRing * own_rows.step); };
+    // Loaded while another is summed.
     Arriving<kVec, kPer> arriving;
-    const auto load_arriving = [&](const F& frame) {
+    const auto load_arriving = [&]() {
 #pragma unroll
-      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset(frame) + k * kWarp * kVec, holds(frame, k));
+      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset() + k * kWarp * kVec, holds(dx_end, k));
     };
-    const auto write_dx = [&](const F& frame, int it) {
+    // The weight at hand is that of the row that is summed: of a row that starts otherwise, it is loaded.
+    const auto write_dx = [&](int it, bool other_kind) {
       const Scales s = mail.wait(it);
-      const int64_t out = dx_offset(frame);
+      const int64_t out = dx_offset();
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
+        const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
         Acc f[kVec];
-        own.gradient(k, C::read(dx_at + k * C::kChunk), C::read(dx_at + k * C::kChunk + C::kTensor), s, weight_offset, f);
-        arriving.finish(added, k, f, out + k * kWarp * kVec, holds(frame, k));
-        store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && holds(frame, k));
+        if (kSorted && other_kind)
+          own.gradient_of(load_weight_of(dx_frame, weight, vector + k * kWarp, weight_offset, holds(dx_end, k)), xs, dys, s, weight_offset, f);
+        else own.gradient(k, xs, dys, s, weight_offset, f);
+        arriving.finish(added, k, f, out + k * kWarp * kVec, holds(dx_end, k));
+        store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && holds(dx_end, k));
       }
-      if constexpr (kSorted) dx_row = own_rows.next(dx_row);
+      if constexpr (kSorted) {
+        dx_row = own_rows.next(dx_row);
+        if (own_rows.starts_kind(dx_row)) {
+          dx_frame = F(cols, dx_row);
+          dx_end = end_in(dx_frame);
+        }
+      }
       fill(it + kRing, dx_at);
       advance(dx_at);
     };
@@ -205,29 +240,39 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const Acc zeros[kVec] = {};
-        if (dweight_part) store_columns(first_frame, dweight_part + part - cols, vector + k * kWarp, zeros, end_in(first_frame));
-        if (dbias_part) store_columns(first_frame, dbias_part + part - cols, vector + k * kWarp, zeros, end_in(first_frame));
+        if (dweight_part) store_columns(first_frame, dweight_part + part - step, vector + k * kWarp, zeros, end_in(first_frame));
+        if (dbias_part) store_columns(first_frame, dbias_part + part - step, vector + k * kWarp, zeros, end_in(first_frame));
       }
     }
     int it = 0;
+    auto sum_row = first_row;
 #pragma unroll 1
     do {
-      const F frame(cols, dx_row);
+      const F frame(cols, sum_row);
+      const int frame_end = end_in(frame);
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame, k)));
-      const int start = it, stop = kSorted ? own_rows.end_of_kind(it, dx_row) : own_rows.count;
+      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame_end, k)));
+      const int start = it, stop = kSorted ? own_rows.end_of_kind(it, sum_row) : own_rows.count;
 #pragma unroll 1
-      for (; it < min(start + kLag, stop); it++) add_row(it);
-#pragma unroll 1
-      for (; it < stop; it++) {
-        load_arriving(frame);
+      for (; it < min(start + kLag, stop); it++) {
         add_row(it);
-        write_dx(frame, it - kLag);
+        if (kSorted && it >= kLag) write_dx(it - kLag, true);
       }
 #pragma unroll 1
-      for (int late = max(start, stop - kLag); late < stop; late++) {
-        load_arriving(frame);
-        write_dx(frame, late);
+      for (; it < stop; it++) {
+        load_arriving();
+        add_row(it);
+        write_dx(it - kLag, false);
+      }
+      if constexpr (kSorted) {
+        if (it < own_rows.count) sum_row = own_rows.at(it);
+      }
+      if (it == own_rows.count) {
+#pragma unroll 1
+        for (int late = max(0, it - kLag); late < it; late++) {
+          load_arriving();
+          write_dx(late, late < start);
+        }
       }
 
 #pragma unroll
@@ -237,7 +282,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         if (teams == 1) {
 #pragma unroll
           for (int k = 0; k < kPer; k++)
-            store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
+            store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], frame_end);
           continue;
         }
         // The teams' sums in order, through shared memory that the ring no longer needs.
@@ -246,11 +291,11 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < kPer; k++)
-          store_columns(frame, sums + team * cols, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
+          store_columns(frame, sums + team * step, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], frame_end);
         __syncthreads();
-        add_owners<kShifted ? 1 : kVec>(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
+        add_owners(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
       }
-      part += cols;
+      part += step;
     } while (kSorted && it < own_rows.count);
     copy_async_wait<0>();
   }

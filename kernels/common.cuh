@@ -193,6 +193,10 @@ template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_weight(cons
   return with_offset<kVec>(load_param<kVec>(p, c, 1, valid), offset);
 }
 
+__device__ __forceinline__ void prefetch_if(const void* p, bool valid) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"(uint32_t(valid)));
+}
+
 // How long L2 keeps what is loaded, copied or stored.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t p;
@@ -238,6 +242,12 @@ template <int kVec> __device__ __forceinline__ void store_acc(Acc* p, const Acc 
     for (int j = 0; j < kPart; j++) v.v[j] = f[i + j];
     *reinterpret_cast<Vec<Acc, kPart>*>(p + i) = v;
   }
+}
+
+// From one row of partial sums over rows to the next, which starts on 16 bytes too.
+__device__ __forceinline__ int part_step(int cols) {
+  constexpr int kStep = 16 / sizeof(Acc);
+  return (cols + kStep - 1) / kStep * kStep;
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
@@ -385,6 +395,10 @@ template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, co
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
+}
+// As above, through L1.
+template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0) : "memory");
 }
 __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");

@@ -2,15 +2,17 @@
 //
 // Computes      mean = sum(x) / cols (0 for RMSNorm), var = sum((x - mean)^2) / cols, rstd = 1 / sqrt(var + eps),
 //               y = (x - mean) * rstd * weight + bias.
-// Algorithm     Each thread loads its kPer vectors of kRows rows. The sum over the row gives a center, then the sums of (x - center)
-//               and (x - center)^2 its mean and variance (two-pass, corrected for what rounding left in the center). Lanes meet in
-//               shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
+// Algorithm     Each thread loads its kPer vectors of kRows rows. The sum of the first vectors gives a center near the row's mean, then the sums
+//               of (x - center) and (x - center)^2 its mean and variance (two-pass, corrected for how far off the center is). Lanes meet
+//               in shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
 //               weight and bias come from L1 or L2, once for the kRows rows.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
-// Launch        forward_warp_{wide,single,add}_LxPxR: block 128, L lanes for R rows, cols <= L * P * kVec, grid rows / R * L / 128.
-//               forward_block_{wide,twice,thrice,single,add}_PxR: block B (a multiple of 32, to the bound) for R rows, grid
-//               rows / R, cols <= B * P * kVec. twice, thrice: as wide; x is loaded so often.
-//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. mean, rstd, weight, bias may be null.
+// Launch        forward_warp_{wide,shifted,single,add}_LxPxR: block 128, L lanes for R rows, cols / kVec <= L * P, grid rows / R * L / 128;
+//               shifted, R > 1: L lanes for each of kVec rows of every R * kVec.
+//               forward_block_{wide,twice,thrice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
+//               rows, grid rows / R, cols / kVec <= B * P. twice, thrice: x is loaded so often.
+//               wide, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
+//               weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
 //               sample variance" (1983).
@@ -90,6 +92,7 @@ __device__ __forceinline__ void write_rows(const Part (&slices)[kRows], const No
 }
 
 template <typename Part, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
+  static_assert(Part::kMostOuter <= kLanes, "an element outside vectors a lane");
   const int t = threadIdx.x % kLanes;
   constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
   const int64_t group = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes, first = group / kApart * kApart * kRows + group % kApart;
@@ -238,7 +241,7 @@ FORWARD_BLOCK(single, 1, 16, 1, 512, 1, 1)
 constexpr int kFew = sizeof(Param) > sizeof(X);
 FORWARD_WARP(shifted, kWide, 32, 2, 2, 8 - 2 * kFew)
 FORWARD_WARP(shifted, kWide, 32, 3, 2, 6 - kFew)
-FORWARD_WARP(shifted, kWide, 32, 4, 1, 8 - kFew)
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 7 - kFew)
 FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16 - 4 * kFew, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4 - kFew, 1)
 FORWARD_BLOCK_MOST(shiftedtwice, kWide, 4, 512, 3 - kFew, 2)

@@ -67,15 +67,35 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     };
     // The lane's outer column: weight and bias, and x of the row ahead.
     Acc w = 0, b = 0, x_ahead = 0;
-    auto row = own.at(0), ahead = row;
-    const auto load_ahead = [&](int it) {
-      if (kShifted && it < own.count) {
-        const F frame(cols, ahead);
-        x_ahead = load_vec<X, 1>(x + ahead * int64_t(cols) + frame.outer(lane), group.rank == 0 && lane < frame.outer_columns())[0];
-      }
+    // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
+    constexpr int kFar = kSlots / kPer / kComm + 2;
+    auto row = own.at(0), ahead = row, far = row;
+    const auto advance = [&](auto& row, int rows) {
+      for (int i = 0; i < rows; i++) row = own.next(row);
     };
-    for (int i = 0; i < warp - warps; i++) ahead = own.next(ahead);
-    load_ahead(warp - warps);
+    const auto at_outer = [&](const auto& row, bool& valid) {
+      const F frame(cols, row);
+      valid = group.rank == 0 && lane < frame.outer_columns();
+      return x + row * int64_t(cols) + frame.outer(lane);
+    };
+    const auto load_ahead = [&](int it) {
+      bool valid;
+      const X* const from = at_outer(ahead, valid);
+      x_ahead = load_vec<X, 1>(from, valid && it < own.count)[0];
+      advance(ahead, kComm);
+    };
+    const auto prefetch = [&](int it) {
+      bool valid;
+      const X* const from = at_outer(far, valid);
+      prefetch_if(from, valid && it < own.count);
+      advance(far, kComm);
+    };
+    if constexpr (kShifted) {
+      advance(ahead, warp - warps);
+      far = ahead;
+      load_ahead(warp - warps);
+      for (int i = 0; i < kFar; i++) prefetch(warp - warps + i * kComm);
+    }
     int counted = -1;
     if constexpr (!kShifted) count(F(cols, row));
 #pragma unroll 1
@@ -90,8 +110,10 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
           b = load_param<1>(bias, frame.outer(lane), 0, counts[1] > 0)[0];
         }
       const Acc value = x_ahead;
-      for (int i = 0; i < kComm; i++) ahead = own.next(ahead);
-      load_ahead(it + kComm);
+      if constexpr (kShifted) {
+        load_ahead(it + kComm);
+        prefetch(it + kFar * kComm);
+      }
       Pair parts[kPieces] = {mail.collect(it, warps)};
       if constexpr (kShifted) parts[1] = remove_mean ? Pair{value, 0} : Pair{0, value * value};
       const Moments block = merge_moments(parts, counts, inv_share);
@@ -109,11 +131,12 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     // This thread's vectors: of the share, and of the row.
     const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
     const int last = share.begin + share.vectors;
-    const auto valid = [&](const F& frame, int k) {
-      int l = (kShifted ? min(last, frame.vectors()) : last) - vector;
+    // How far a row reaches beyond this thread's first vector, and so whether it has the thread's vector k.
+    const auto limit_in = [&](const F& frame) { return (kShifted ? min(last, frame.vectors) : last) - vector; };
+    const auto valid = [](int limit, int k) {
       // Else the compiler keeps the answers for all k, in registers that giant rows do not have.
-      if constexpr (kGiant) asm volatile("" : "+r"(l));
-      return k * kWarp < l;
+      if constexpr (kGiant) asm volatile("" : "+r"(limit));
+      return k * kWarp < limit;
     };
     using C = Chunks<kVec, 1>;
     const uint32_t begin = C::start(shared, warp, kSlots), end = begin + kSlots * C::kChunk;
@@ -130,13 +153,14 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     int next_it = 0;
     auto next_row = own.at(0);
     F next_frame(cols, next_row);
+    int next_limit = limit_in(next_frame);
     const X* next = x + offset_of(next_frame, next_row);
     const auto fill = [&](int k, uint32_t at) {
       if (next_it < own.count) {
-        const bool held = valid(next_frame, k);
+        const bool held = valid(next_limit, k);
         const X* const from = next + k * kWarp * kVec;
         // Of sorted rows, one may have a vector less than the one whose slots it takes.
-        if (kShifted) C::fill(at, from, held);
+        if (kShifted) C::fill_by_l1(at, from, held);
         else if (held && kGiant) copy_async16(at, from, once);
         else if (held) C::fill(at, from);
       }
@@ -144,7 +168,10 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
       if (k == kPer - 1) {
         next_it++;
         next_row = own.next(next_row);
-        if constexpr (kShifted) next_frame = F(cols, next_row);
+        if (own.starts_kind(next_row)) {
+          next_frame = F(cols, next_row);
+          next_limit = limit_in(next_frame);
+        }
         next = x + offset_of(next_frame, next_row);
       }
     };
@@ -152,31 +179,33 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
 #pragma unroll 1
     for (int k = 0; at < end; k = k == kPer - 1 ? 0 : k + 1) {
       // Only a slot of a giant row is another k's in the next.
-      if (!kGiant && !kShifted && !valid(next_frame, k)) C::clear(at);
+      if (!kGiant && !kShifted && !valid(next_limit, k)) C::clear(at);
       fill(k, at);
       at += C::kChunk;
     }
 
     // Of the row that is being summed.
     auto sum_row = own.at(0);
-    F sum_frame(cols, sum_row);
+    int sum_limit = 0;
     OwnSums<kVec> sums;
     Acc own_count = 0, inv_own = 0, inv_warp = 0;
     const auto count = [&]() {
+      const F frame(cols, sum_row);
+      sum_limit = limit_in(frame);
       int columns = 0;
 #pragma unroll
       for (int k = 0; k < kPer; k++)
-        if (valid(sum_frame, k)) columns += kVec;
+        if (valid(sum_limit, k)) columns += kVec;
       own_count = columns;
       inv_own = inverse(max(columns, 1));
-      inv_warp = inverse(max(columns_of(sum_frame, warp), 1));
+      inv_warp = inverse(max(columns_of(frame, warp), 1));
     };
     count();
     uint32_t sum_at = begin, out_at = begin;
     const auto add_ahead = [&](int it, int k) {
       copy_async_wait<kSlots - kLead>();
       if (it < own.count) {
-        if (!kGiant || valid(sum_frame, k)) sums.add(C::read(sum_at), k == 0, valid(sum_frame, k), remove_mean);
+        if (!kGiant || valid(sum_limit, k)) sums.add(C::read(sum_at), k == 0, valid(sum_limit, k), remove_mean);
         else if (k == 0) sums = {};
         advance(sum_at);
         if (k == kPer - 1) {
@@ -184,10 +213,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
           mail.leave(it, warp, lane < kWarp / 2 ? all.mean : all.m2);
           if constexpr (kShifted) {
             sum_row = own.next(sum_row);
-            if (const F frame(cols, sum_row); frame.head != sum_frame.head) {
-              sum_frame = frame;
-              count();
-            }
+            if (own.starts_kind(sum_row)) count();
           }
         }
       }
@@ -204,11 +230,12 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
 #pragma unroll 1
     do {
       const F frame(cols, out_row);
+      const int limit = limit_in(frame);
       Vec<Param, kVec> w[kPer], b[kPer];
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid(frame, k));
-        b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(frame, k));
+        w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid(limit, k));
+        b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(limit, k));
       }
       const int stop = own.end_of_kind(it, out_row);
 #pragma unroll 1
@@ -223,8 +250,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
           Acc f[kVec];
 #pragma unroll
           for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + b[k][i];
-          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(frame, k), once);
-          else store<X, kVec>(out + k * kWarp * kVec, f, valid(frame, k));
+          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k), once);
+          else store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k));
           // The slot's next chunk is kSlots further on.
           fill((k + kSlots) % kPer, out_at);
           advance(out_at);

@@ -25,27 +25,25 @@ __device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold
 template <int kLaneBytes> constexpr int kWarpRing = kLaneBytes >= 128 ? 3 : 4;
 
 // A row as whole vectors of memory, which compute warps hold. Where rows do not start on 16 bytes but their tensor does, less than kVec of
-// its columns come before them, and less behind: `outer`, which lanes of one warp hold, one each.
+// its columns come before them, and less than twice as many behind: `outer`, which lanes of one warp hold, one each. kVec - 1 of those behind, as
+// load_skewed_if reads them.
 template <int kVec, bool kShifted> struct Frame {
-  // Columns, those before the first vector, and those in vectors.
-  int cols, head, body;
+  // Columns, those before the first vector, and vectors.
+  int cols, head, vectors;
 
-  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), head(0), body(cols) {
-    if constexpr (kShifted) {
-      head = min(int(kVec - uint32_t(row) * uint32_t(cols) % kVec) % kVec, cols);
-      body = (cols - head) / kVec * kVec;
-    }
+  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), head(0) {
+    if constexpr (kShifted) head = min(int(kVec - uint32_t(row) * uint32_t(cols) % kVec) % kVec, cols);
+    vectors = uint32_t(max(cols - head - (kShifted ? kVec - 1 : 0), 0)) / kVec;
   }
   // Of a row with the most.
-  __device__ __forceinline__ static int most_vectors(int cols) { return cols / kVec; }
-  __device__ __forceinline__ int vectors() const { return body / kVec; }
+  __device__ __forceinline__ static int most_vectors(int cols) { return uint32_t(cols) / kVec; }
   // Columns in vectors [begin, end).
-  __device__ __forceinline__ int count(int begin, int end) const { return max(0, min(end, vectors()) - begin) * kVec; }
+  __device__ __forceinline__ int count(int begin, int end) const { return max(0, min(end, vectors) - begin) * kVec; }
   // The first of a vector.
   __device__ __forceinline__ int column(int vector) const { return head + vector * kVec; }
   // How many are outer, and the lane's.
-  __device__ __forceinline__ int outer_columns() const { return cols - body; }
-  __device__ __forceinline__ int outer(int lane) const { return lane < head ? lane : lane + body; }
+  __device__ __forceinline__ int outer_columns() const { return cols - vectors * kVec; }
+  __device__ __forceinline__ int outer(int lane) const { return lane < head ? lane : lane + vectors * kVec; }
 };
 
 // The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those that start equally far from 16 bytes one
@@ -84,7 +82,7 @@ template <bool kSorted> struct Rows {
   }
   // Among its kinds; and whether it is the first row of its kind but not of all.
   __device__ __forceinline__ int kind_of(Row row) const { return kSorted ? int(row & (step - 1)) : 0; }
-  __device__ __forceinline__ bool starts_kind(Row row) const { return row < step && row > 0; }
+  __device__ __forceinline__ bool starts_kind(Row row) const { return kSorted && row < step && row > 0; }
   // The end of the iterations with rows of the same kind as `row`, that of iteration it.
   __device__ __forceinline__ int end_of_kind(int it, Row row) const {
     return kSorted ? min(count, it + int((rows - 1 - row) / step) + 1) : count;
@@ -107,13 +105,9 @@ __device__ __forceinline__ Vec<Param, kVec> load_param_of(const Frame<kVec, kShi
   if constexpr (!kShifted) {
     return valid ? load_param<kVec>(p, c, absent) : filled<Param, kVec>(0);
   } else {
-    if (!valid || !p) return filled<Param, kVec>(valid ? absent : Acc(0));
-    // With what load_skewed_if reads behind it.
-    if (c <= frame.cols - (2 * kVec - 1)) return load_skewed_if<Param, kVec, -1>(p + c, true);
-    Acc f[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = widen(__ldg(p + c + i));
-    return Vec<Param, kVec>::of(f);
+    // No branches: what is loaded for several vectors is to be on its way at once.
+    const Vec<Param, kVec> r = load_skewed_if<Param, kVec, -1>(p + c, valid && p);
+    return p ? r : filled<Param, kVec>(valid ? absent : Acc(0));
   }
 }
 // As load_weight.
@@ -223,6 +217,8 @@ template <int kVec, int kTensors> struct Chunks {
   // A slot that is never filled stays zero.
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
   __device__ __forceinline__ static void fill(uint32_t at, const X* from) { copy_async<kBytes>(at, from); }
+  // The same of vectors that eight lanes may not have in four sectors: L1 has the fifth for the next eight.
+  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, bool valid) { copy_async_by_l1<kBytes>(at, from, valid); }
   // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
   __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid) {
     if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid);
@@ -291,6 +287,15 @@ template <int kVec, bool kShifted> struct OuterColumns {
       const bool valid = here && lane < frame.outer_columns();
       x_ahead = load_vec<X, 1>(xs + at + frame.outer(lane), valid);
       dy_ahead = load_vec<X, 1>(dys + at + frame.outer(lane), valid);
+    }
+  }
+  // Has L2 get a row that is asked for later.
+  __device__ __forceinline__ static void prefetch(const F& frame, bool here, const X* xs, const X* dys, int64_t at) {
+    if constexpr (kShifted) {
+      const int lane = threadIdx.x % kWarp;
+      const bool valid = here && lane < frame.outer_columns();
+      prefetch_if(xs + at + frame.outer(lane), valid);
+      prefetch_if(dys + at + frame.outer(lane), valid);
     }
   }
   // Adds the row that was asked for.

@@ -39,8 +39,8 @@ struct BackwardAdd {};
 #define FORWARD_TAKES FORWARD_BASE, const ForwardAdd &added
 #define FORWARD_PASS y, mean, rstd, x, weight, bias, rows, cols, eps, remove_mean, weight_offset FORWARD_ADD_PASS
 #define BACKWARD_BASE                                                                                                  \
-  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols] */,                          \
-      Acc *__restrict__ dbias_part /* [owners, cols] */, const X *__restrict__ x /* [rows, cols] */,                   \
+  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols], rows part_step apart */,                          \
+      Acc *__restrict__ dbias_part /* [owners, cols], rows part_step apart */, const X *__restrict__ x /* [rows, cols] */,                   \
       const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
       const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
       int remove_mean, Acc weight_offset
@@ -59,7 +59,7 @@ struct alignas(sizeof(Acc) * 2) Normalizer {
 template <int kVec, int kPer> struct Slice {
   static constexpr int kVectors = kPer;
   // The distance of rows that a thread may hold together.
-  static constexpr int kApart = 1;
+  static constexpr int kApart = 1, kMostOuter = 0;
   Vec<X, kVec> v[kPer];
 
   // Vector k of thread t of `threads` starts at column (k * threads + t) * kVec.
@@ -123,7 +123,7 @@ template <int kVec, int kPer> struct Slice {
 template <int kVec, int kPer> struct ShiftedSlice {
   static constexpr int kVectors = kPer;
   // Those that start equally far from 16 bytes.
-  static constexpr int kApart = kVec;
+  static constexpr int kApart = kVec, kMostOuter = 3 * (kVec - 1);
   Slice<kVec, kPer> inner;
   Slice<1, 1> outer;
   // Elements before the first vector, and in vectors.
@@ -186,8 +186,12 @@ template <int kVec, int kPer> struct Columns {
   }
   __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc weight_offset, Acc (&f)[kVec]) {
     weight[k].keep();
+    gradient_of(weight[k], x, dy, s, weight_offset, f);
+  }
+  __device__ __forceinline__ static void gradient_of(const Vec<Param, kVec>& weight, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s,
+                                                     Acc weight_offset, Acc (&f)[kVec]) {
 #pragma unroll
-    for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight_of(weight[k][i], weight_offset));
+    for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight_of(weight[i], weight_offset));
   }
   __device__ __forceinline__ void store_dx(X* dx, int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc weight_offset, bool valid) {
     Acc f[kVec];
@@ -212,18 +216,25 @@ template <int kVec, int kPer> struct Arriving {
 #endif
 };
 
-// Adds up the dweight or dbias that `owners` of a block left in shared memory, in order.
-template <int kVec> __device__ __forceinline__ void add_owners(Acc* out, const Acc* sums, int owners, int cols, int t, int threads) {
-  constexpr int kStep = kVec == 1 ? 1 : 16 / sizeof(Acc);
+// Adds up the dweight or dbias that `owners` of a block left in shared memory, in order, in rows that are part_step apart.
+__device__ __forceinline__ void add_owners(Acc* out, const Acc* sums, int owners, int cols, int t, int threads) {
+  constexpr int kStep = 16 / sizeof(Acc);
   for (int c = t * kStep; c < cols; c += threads * kStep) {
     Acc f[kStep];
 #pragma unroll
     for (int i = 0; i < kStep; i++) f[i] = 0;
     for (int o = 0; o < owners; o++) {
-      const Vec<Acc, kStep> v = *reinterpret_cast<const Vec<Acc, kStep>*>(sums + o * cols + c);
+      const Vec<Acc, kStep> v = *reinterpret_cast<const Vec<Acc, kStep>*>(sums + o * part_step(cols) + c);
 #pragma unroll
       for (int i = 0; i < kStep; i++) f[i] += v[i];
     }
-    *reinterpret_cast<Vec<Acc, kStep>*>(out + c) = Vec<Acc, kStep>::of(f);
+    if (c + kStep <= cols) {
+      *reinterpret_cast<Vec<Acc, kStep>*>(out + c) = Vec<Acc, kStep>::of(f);
+    } else {
+      // What is behind the last column may be another's.
+#pragma unroll
+      for (int i = 0; i < kStep; i++)
+        if (c + i < cols) out[c + i] = f[i];
+    }
   }
 }

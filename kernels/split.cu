@@ -189,7 +189,7 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
 #pragma unroll
       for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], weight_offset, sums[first + r]);
     }
-    const int64_t at = blockIdx.x * int64_t(cols) + v * kVec;
+    const int64_t at = blockIdx.x * int64_t(part_step(cols)) + v * kVec;
     if (dweight_part) store_acc<kVec>(dweight_part + at, own.dweight[0]);
     if (dbias_part) store_acc<kVec>(dbias_part + at, own.dbias[0]);
     if (dweight) store_params<kVec>(dweight + v * kVec, own.dweight[0]);
@@ -261,8 +261,8 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
       split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \
-                        Acc* __restrict__ dweight_part /* [row groups, cols] */,                                       \
-                        Acc* __restrict__ dbias_part /* [row groups, cols] */,                                         \
+                        Acc* __restrict__ dweight_part /* [row groups, cols], rows part_step apart */,                                       \
+                        Acc* __restrict__ dbias_part /* [row groups, cols], rows part_step apart */,                                         \
                         Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,      \
                         const X* __restrict__ dy /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */,    \
                         const Acc* __restrict__ mean /* [rows] */, const Acc* __restrict__ rstd /* [rows] */,          \

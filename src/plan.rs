@@ -389,7 +389,9 @@ const BACKWARD: &[Kernel] = &[
     backward_warp("backward_warp_single_8x8", Access::Single, &[2, 4, 8], 8, 8, 1),
     backward_warp("backward_warp_single_32x4", Access::Single, &[2, 4, 8], 32, 4, 1),
     backward_warp("backward_warp_shifted_32x2", Access::Shifted, &[2], 32, 2, 2),
+    backward_warp("backward_warp_shifted_32x3", Access::Shifted, &[2], 32, 3, 1),
     backward_warp("backward_warp_shifted_32x4", Access::Shifted, &[2, 4, 8], 32, 4, 1),
+    backward_warp("backward_warp_shifted_32x6", Access::Shifted, &[4], 32, 6, 1),
     backward_warp("backward_warp_shifted_32x8", Access::Shifted, &[4], 32, 8, 1),
     ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[2], [2, 6, 1], [16, 16]),
     ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[4], [2, 8, 1], [16, 16]),
@@ -925,7 +927,7 @@ impl<'a> Planner<'a> {
     fn shared(&self, kernel: &Kernel, warps: usize, teams: usize) -> usize {
         let sums = match teams {
             1 => 0,
-            teams => teams * self.problem.cols * acc_bytes(self.problem),
+            teams => teams * part_step(self.problem) * acc_bytes(self.problem),
         };
         (teams * warps * self.warp_shared(kernel)).max(sums)
     }
@@ -1007,7 +1009,7 @@ impl<'a> Planner<'a> {
         let (threads, rows) = (warps * WARP, self.problem.rows);
         let sums = match self.tensors {
             1 => 0,
-            _ => warps * self.problem.cols * acc_bytes(self.problem),
+            _ => warps * part_step(self.problem) * acc_bytes(self.problem),
         };
         let shared = (warps * self.warp_shared(kernel)).max(sums);
         let resident = kernel
@@ -1044,8 +1046,8 @@ impl<'a> Planner<'a> {
             (_, 8) => 13,
             _ => 20,
         };
-        let each =
-            (warps * self.warp_shared(kernel)).max(self.problem.cols * acc_bytes(self.problem));
+        let each = (warps * self.warp_shared(kernel))
+            .max(part_step(self.problem) * acc_bytes(self.problem));
         let by_shared = self.device.shared_per_block.saturating_sub(STATIC_SHARED) / each.max(1);
         (kernel.most_warps[0] / warps)
             .min(threads / (warps + kernel.communicating))
@@ -1094,6 +1096,11 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// From one partial row of dweight or dbias to the next, which starts on 16 bytes too.
+pub fn part_step(problem: &Problem) -> usize {
+    problem.cols.next_multiple_of(16 / acc_bytes(problem))
+}
+
 /// `follows`: whether the launch before it is the one whose parts it adds.
 fn finalize(
     problem: &Problem,
@@ -1101,16 +1108,11 @@ fn finalize(
     parts: usize,
     follows: bool,
 ) -> Result<Launch> {
-    let wide = 16 / acc_bytes(problem);
-    let (entry, columns) = if problem.cols.is_multiple_of(wide) {
-        ("finalize_wide", 32 * wide)
-    } else {
-        ("finalize_single", 32)
-    };
+    let columns = WARP * 16 / acc_bytes(problem);
     let launch = Launch::new(
         problem,
         "finalize",
-        entry,
+        "finalize",
         [problem.cols.div_ceil(columns), 2],
         [WARP, parts.min(FINALIZE_SPLITS)],
     )?;

@@ -5,8 +5,25 @@ use crate::plan::{DeviceFacts, Launch};
 use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
-use cudarc::driver::{CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
+use cudarc::driver::{
+    CudaFunction, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys,
+};
 use std::ffi::c_void;
+
+/// A loaded kernel, as long as its module is.
+#[derive(Clone, Copy)]
+pub(super) struct Function(sys::CUfunction);
+
+// SAFETY: a handle that the driver takes from any thread.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    pub fn of(function: &CudaFunction) -> Self {
+        Self(function.cu_function())
+    }
+}
 
 /// What the driver is told of a launch beyond its grid.
 fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {

@@ -681,7 +681,7 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
         let param = |wanted: bool| wanted.then(|| alloc(device, cols)).transpose();
         let partial = |wanted: bool| {
             (wanted && in_parts(problem, plan))
-                .then(|| alloc(device, plan.parts * cols))
+                .then(|| alloc(device, plan.parts * plan::part_step(problem)))
                 .transpose()
         };
         Ok(Self {
@@ -787,7 +787,7 @@ fn gradients<T: Element, P: Element>(
             args.i32(plan.teams);
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
-            // [plan.parts, cols], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
+            // [plan.parts, part_step(cols)], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
             unsafe { args.launch(problem, device, &gpu.facts, launch)? };
         }
         [sums, write_dx] => {
@@ -806,7 +806,7 @@ fn gradients<T: Element, P: Element>(
             args.i64(rows);
             args.i32(cols);
             args.acc::<T::Acc>(problem.weight_offset());
-            // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, cols], part [rows, blocks] of
+            // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, part_step(cols)], part [rows, blocks] of
             // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
             unsafe { args.launch(problem, device, &gpu.facts, sums)? };
             if dx.is_some() {
@@ -846,7 +846,7 @@ fn gradients<T: Element, P: Element>(
     args.input(dbias_part.as_ref());
     args.i32(plan.parts);
     args.i32(cols);
-    // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, cols], parts, cols).
+    // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, part_step(cols)], parts, cols).
     unsafe { args.launch(problem, device, &gpu.facts, &plan.finalize) }
 }
 

@@ -1,5 +1,6 @@
 //! The compiled kernels, and which of them a device runs.
 
+use super::launch::Function;
 use crate::plan::{DeviceFacts, Launch};
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Result, bail};
@@ -64,15 +65,6 @@ pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
     }
 }
 
-/// A loaded kernel.
-#[derive(Clone, Copy)]
-pub(super) struct Function(pub sys::CUfunction);
-
-// SAFETY: a handle that the driver takes from any thread.
-unsafe impl Send for Function {}
-// SAFETY: as above.
-unsafe impl Sync for Function {}
-
 /// The device, the dtypes of x and of weight, and a launch's file and entry.
 type Key = (DeviceId, (DType, DType), &'static str, &'static str);
 
@@ -99,9 +91,8 @@ pub(super) fn function(
         return Ok(function);
     }
     let function = load(op, device, facts, dtypes, launch)?;
-    let function = Function(prepare(&function, facts, launch)?);
-    loaded.insert(key, function);
-    Ok(function)
+    prepare(&function, facts, launch)?;
+    Ok(*loaded.entry(key).or_insert(Function::of(&function)))
 }
 
 fn load(
@@ -130,11 +121,7 @@ fn load(
 }
 
 /// Lets a kernel have what its launches may ask for: without asking, a block has 48 KiB of shared memory, and a cluster 8 blocks.
-fn prepare(
-    function: &CudaFunction,
-    facts: &DeviceFacts,
-    launch: &Launch,
-) -> Result<sys::CUfunction> {
+fn prepare(function: &CudaFunction, facts: &DeviceFacts, launch: &Launch) -> Result<()> {
     use sys::CUfunction_attribute as A;
     if launch.shared > 0 {
         let taken = function.get_attribute(A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
@@ -146,7 +133,7 @@ fn prepare(
         let attribute = A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
         function.set_attribute(attribute, 1).w()?;
     }
-    Ok(function.cu_function())
+    Ok(())
 }
 
 /// Says what to do about a module that does not load.
