@@ -97,6 +97,7 @@ fn compile() -> Result<(), String> {
     let toolkit = toolkit_version(&nvcc)?;
     let bases = bases()?;
 
+    clear(&out)?;
     let mut units = Vec::new();
     for file in FILES {
         for (x, param) in DTYPES {
@@ -133,6 +134,18 @@ fn compile() -> Result<(), String> {
     let table = table(&compiled, &toolkit);
     fs::write(out.join("ptx_table.rs"), table)
         .map_err(|e| format!("cannot write {}: {e}", out.join("ptx_table.rs").display()))
+}
+
+/// Removes the PTX of an earlier build, which may be of files that are no more.
+fn clear(out: &Path) -> Result<(), String> {
+    let failed = |e| format!("cannot clear {}: {e}", out.display());
+    for entry in fs::read_dir(out).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|extension| extension == "ptx") {
+            fs::remove_file(path).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 fn find_nvcc() -> PathBuf {

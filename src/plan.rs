@@ -317,13 +317,13 @@ const FORWARD: &[Kernel] = &[
     forward_warp("forward_warp_wide_32x3x1", Access::Wide, &[2], 32, 3, 1),
     forward_warp("forward_warp_wide_32x4x1", Access::Wide, &[2, 4, 8], 32, 4, 1),
     forward_warp("forward_warp_wide_32x6x1", Access::Wide, &[2], 32, 6, 1),
-    // 2048, 4096, 5120, 8192 columns of bf16: 94%, 96%, 92%, 94%, x loaded again 93%, 93%, 91%, 93%; at 12288 and 16384 77% and 85% for 89%
-    // and 91%.
+    // 2048, 4096, 5120, 8192 columns of bf16: 37.0, 69.0, 46.1, 70.8 us, x loaded twice 37.8, 69.8, 46.8, 69.8; at 12288 and 16384 37.2 and 80.2
+    // for 31.3 and 71.9.
     forward_block("forward_block_wide_4x1", Access::Wide, &[2], 4, 1, [8, 8]),
     forward_block("forward_block_twice_4x1", Access::Wide, &[2], 4, 1, [32, 16]),
     // 512 x 768 of f32: 5.8 us, with 4 vectors 6.2.
     Kernel { most_bytes: ONE_WAVE, ..forward_block("forward_block_wide_2x1", Access::Wide, &[4], 2, 1, [16, 16]) },
-    // f32 at 768, 1024, 2048, 4096 columns: 97%, 97%, 95%, 98%, x in registers 95%, 97%, 94%, 96%.
+    // f32 at 768, 1024, 2048, 4096 columns: x in registers 52.2, 67.9, 67.7, 134.0 us, loaded three times 52.4, 69.4, 69.2, 131.5.
     forward_block("forward_block_wide_4x1", Access::Wide, &[4], 4, 1, [4, 4]),
     forward_block("forward_block_thrice_4x1", Access::Wide, &[4], 4, 1, [8, 8]),
     // 8192 columns of f32: 98.5%, x loaded three times 96.5%.

@@ -247,6 +247,18 @@ fn each_kernel_is_a_module_of_its_own() -> Result<()> {
 }
 
 #[test]
+fn ptx_of_an_earlier_build_goes() -> Result<()> {
+    let run = Run::new()?;
+    let nvcc = run.nvcc(GOOD)?;
+    let old = run.path("out").join("gone_f32_f32_sm90.ptx");
+    fs::write(&old, "")?;
+    let output = run.build(&[("NVCC", &nvcc)])?;
+    assert!(output.status.success(), "{output:?}");
+    assert!(!old.exists());
+    Ok(())
+}
+
+#[test]
 fn ptx_of_another_form() -> Result<()> {
     for (ptx, why) in [
         ("// PTX", "no kernel"),

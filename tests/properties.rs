@@ -216,8 +216,9 @@ impl Spec {
         let rows = case.x.chunks(case.cols());
         rows.into_iter().all(|row| {
             let len = row.len() as f64;
+            // About the first value: equal ones have no deviations.
             let center = if case.kind.removes_mean() {
-                row.iter().sum::<f64>() / len
+                row[0] + row.iter().map(|x| x - row[0]).sum::<f64>() / len
             } else {
                 0.
             };
