@@ -238,8 +238,7 @@ const fn ring(
 }
 
 /// A persistent warp kernel, with a ring of 4 rows, of 3 where a lane holds 128 bytes of each: kWarpRing of ring.cuh.
-const fn warp_ring(
-    file: &'static str,
+const fn backward_warp(
     entry: &'static str,
     access: Access,
     sizes: &'static [usize],
@@ -248,7 +247,11 @@ const fn warp_ring(
     resident: usize,
 ) -> Kernel {
     Kernel {
-        file,
+        file: match access {
+            Access::Wide => "backward",
+            Access::Shifted => "backward_shifted",
+            Access::Single => "backward_single",
+        },
         entry,
         access,
         sizes,
@@ -262,22 +265,6 @@ const fn warp_ring(
         resident,
         ..KERNEL
     }
-}
-
-const fn backward_warp(
-    entry: &'static str,
-    access: Access,
-    sizes: &'static [usize],
-    lanes: usize,
-    per_thread: usize,
-    resident: usize,
-) -> Kernel {
-    let file = match access {
-        Access::Wide => "backward",
-        Access::Shifted => "backward_shifted",
-        Access::Single => "backward_single",
-    };
-    warp_ring(file, entry, access, sizes, lanes, per_thread, resident)
 }
 
 const fn split(
@@ -890,7 +877,6 @@ impl<'a> Planner<'a> {
             launches,
         };
         match kernel.regime {
-            Regime::Warp if kernel.slots > 0 => Ok(plan(vec![self.warp_ring(kernel, warps)?])),
             Regime::Warp => {
                 let threads = warps * WARP;
                 // Rows that lanes take together start equally far from 16 bytes.
@@ -905,14 +891,12 @@ impl<'a> Planner<'a> {
                     threads,
                 )?]))
             }
-            Regime::Block if kernel.slots == 0 => Ok(plan(vec![launch(
+            Regime::Block => Ok(plan(vec![launch(
                 kernel.entry,
                 [problem.rows.div_ceil(kernel.rows), 1],
                 warps * WARP,
             )?])),
-            Regime::Block | Regime::Cluster | Regime::Grid => {
-                Ok(plan(vec![self.ring(kernel, choice, 1)?.0]))
-            }
+            Regime::Cluster | Regime::Grid => Ok(plan(vec![self.ring(kernel, choice, 1)?.0])),
             Regime::Split => {
                 let grid = [problem.rows.div_ceil(SPLIT_ROWS), blocks];
                 Ok(plan(vec![
@@ -1004,13 +988,10 @@ impl<'a> Planner<'a> {
         Ok((launch, owners))
     }
 
-    /// A persistent launch in the warp regime. Backward, its warps' sums pass through the ring's memory.
+    /// A persistent launch in the warp regime, whose warps' sums pass through the ring's memory.
     fn warp_ring(&self, kernel: &Kernel, warps: usize) -> Result<Launch> {
         let (threads, rows) = (warps * WARP, self.problem.rows);
-        let sums = match self.tensors {
-            1 => 0,
-            _ => warps * part_step(self.problem) * acc_bytes(self.problem),
-        };
+        let sums = warps * part_step(self.problem) * acc_bytes(self.problem);
         let shared = (warps * self.warp_shared(kernel)).max(sums);
         let resident = kernel
             .resident
