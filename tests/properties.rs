@@ -466,6 +466,31 @@ fn any_call_equals_f64() {
     }
 }
 
+/// Found by a long run: a running sum rounded each repeat of a value the same way.
+#[test]
+fn sorted_rows_in_bf16_beside_f32_weight() -> Result<()> {
+    for cols in [1100, 1179, 1200, 1346] {
+        let spec = Spec {
+            kind: Kind::ZeroCentered,
+            dtypes: Dtypes::BF16_F32,
+            shape: vec![8, cols],
+            normalized_dims: 1,
+            eps: 1e-5,
+            pattern: Pattern::Ramp,
+            magnitude: 2,
+            mean_ratio: 0.,
+            dy_scale: 1.,
+            xs: View::Dense,
+            weight: View::Dense,
+            bias: View::Dense,
+            follower: Follower::Nothing,
+            tracked: Tracked::ALL,
+        };
+        spec.check()?;
+    }
+    Ok(())
+}
+
 /// Found by fuzzing: an empty view's start may lie behind the end of its storage.
 #[test]
 fn empty_view_behind_its_storage() -> Result<()> {

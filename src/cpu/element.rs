@@ -98,6 +98,8 @@ pub(crate) trait Element: WithDType + bytemuck::Pod {
     type Acc: Acc;
     const ZEROS: &'static [Self; LINE];
     const ONES: &'static [Self; LINE];
+    /// From 1 to the next number.
+    const EPSILON: f64;
 
     fn widen(self) -> Self::Acc;
     /// Rounds to nearest, ties to even.
@@ -178,6 +180,7 @@ macro_rules! full_precision {
             type Acc = $t;
             const ZEROS: &'static [Self; LINE] = &[0.; LINE];
             const ONES: &'static [Self; LINE] = &[1.; LINE];
+            const EPSILON: f64 = $t::EPSILON as f64;
 
             #[inline(always)]
             fn widen(self) -> Self {
@@ -236,6 +239,7 @@ macro_rules! half_precision {
             type Acc = f32;
             const ZEROS: &'static [Self; LINE] = &[$t::ZERO; LINE];
             const ONES: &'static [Self; LINE] = &[$t::ONE; LINE];
+            const EPSILON: f64 = $t::EPSILON.to_f64_const();
 
             #[inline(always)]
             fn widen(self) -> f32 {
@@ -279,8 +283,10 @@ half_precision!(f16, widen_f16, narrow_f16, f32_of_f16_bits, f16_bits);
 #[inline(always)]
 fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
-        return to.copy_from_slice(&avx2::widen(simd, from));
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx512::widen_bf16(simd, from));
+    } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx2::widen_bf16(simd, from));
     }
     let _ = isa;
     for (to, from) in zip(to, from) {
@@ -291,8 +297,10 @@ fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
-        return to.copy_from_slice(&avx2::narrow(simd, from));
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx512::narrow_bf16(simd, from));
+    } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx2::narrow_bf16(simd, from));
     }
     let _ = isa;
     for (to, from) in zip(to, from) {
@@ -303,7 +311,9 @@ fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
 #[inline(always)]
 fn widen_f16(isa: Isa, from: &[f16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(token) = isa.f16c() {
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx512::widen_f16(simd, from));
+    } else if let Some(token) = isa.f16c() {
         let (blocks, rest) = from.as_chunks();
         let (to_blocks, to_rest) = to.as_chunks_mut();
         for (to, from) in zip(to_blocks, blocks) {
@@ -325,7 +335,9 @@ fn widen_f16_bits(from: &[f16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_f16(isa: Isa, from: &[f32], to: &mut [f16]) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(token) = isa.f16c() {
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx512::narrow_f16(simd, from));
+    } else if let Some(token) = isa.f16c() {
         let (blocks, rest) = from.as_chunks();
         let (to_blocks, to_rest) = to.as_chunks_mut();
         for (to, from) in zip(to_blocks, blocks) {
@@ -411,6 +423,49 @@ fn f16_bits(value: f32) -> u16 {
     (bits >> 16 & 0x8000 | magnitude) as u16
 }
 
+/// Vectors of 16. `vcvtneps2bf16` would flush subnormal numbers.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{bf16, f16};
+    use pulp::x86::V4;
+    use std::arch::x86_64::{__m512i, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT};
+
+    #[inline(always)]
+    pub fn widen_bf16(simd: V4, from: &[bf16; 16]) -> [f32; 16] {
+        let avx = simd.avx512f;
+        let lanes = avx._mm512_cvtepu16_epi32(bytemuck::cast(*from));
+        bytemuck::cast(avx._mm512_slli_epi32::<16>(lanes))
+    }
+
+    #[inline(always)]
+    pub fn narrow_bf16(simd: V4, from: &[f32; 16]) -> [bf16; 16] {
+        let avx = simd.avx512f;
+        let value = bytemuck::cast(*from);
+        let bits: __m512i = bytemuck::cast(*from);
+        let odd = avx._mm512_and_si512(avx._mm512_srli_epi32::<16>(bits), avx._mm512_set1_epi32(1));
+        let up = avx._mm512_add_epi32(bits, avx._mm512_set1_epi32(0x7fff));
+        let rounded = avx._mm512_add_epi32(up, odd);
+        let is_nan = avx._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+        let quiet_bit = avx._mm512_set1_epi32(0x40_0000);
+        let lanes = avx._mm512_mask_or_epi32(rounded, is_nan, bits, quiet_bit);
+        bytemuck::cast(avx._mm512_cvtepi32_epi16(avx._mm512_srli_epi32::<16>(lanes)))
+    }
+
+    #[inline(always)]
+    pub fn widen_f16(simd: V4, from: &[f16; 16]) -> [f32; 16] {
+        bytemuck::cast(simd.avx512f._mm512_cvtph_ps(bytemuck::cast(*from)))
+    }
+
+    #[inline(always)]
+    pub fn narrow_f16(simd: V4, from: &[f32; 16]) -> [f16; 16] {
+        let value = bytemuck::cast(*from);
+        bytemuck::cast(
+            simd.avx512f
+                ._mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value),
+        )
+    }
+}
+
 /// bf16 in fewer instructions than the compiler finds: the upper bytes of a vector's lanes in one shuffle.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
@@ -419,7 +474,7 @@ mod avx2 {
     use std::arch::x86_64::{__m256i, _CMP_UNORD_Q};
 
     #[inline(always)]
-    pub fn widen(simd: V3, from: &[bf16; 8]) -> [f32; 8] {
+    pub fn widen_bf16(simd: V3, from: &[bf16; 8]) -> [f32; 8] {
         let both_halves = simd.avx2._mm256_broadcastsi128_si256(bytemuck::cast(*from));
         bytemuck::cast(
             simd.avx2
@@ -428,7 +483,7 @@ mod avx2 {
     }
 
     #[inline(always)]
-    pub fn narrow(simd: V3, from: &[f32; 8]) -> [bf16; 8] {
+    pub fn narrow_bf16(simd: V3, from: &[f32; 8]) -> [bf16; 8] {
         let (avx, avx2) = (simd.avx, simd.avx2);
         let value = bytemuck::cast(*from);
         let bits: __m256i = bytemuck::cast(*from);
@@ -510,7 +565,7 @@ mod f16c {
 mod tests {
     use super::*;
     use crate::cpu::row;
-    use crate::cpu::simd::{dispatch, with_vectors};
+    use crate::cpu::simd::{for_each_isa, with_vectors};
 
     /// Every 251st f32, the neighbours of every f16 and bf16, and of the halfway points above them.
     fn f32s() -> Vec<f32> {
@@ -565,11 +620,6 @@ mod tests {
         }
     }
 
-    fn everywhere(check: impl Fn(Isa)) {
-        check(Isa::Base);
-        dispatch(&check);
-    }
-
     #[test]
     fn every_half_widens_as_in_half() {
         let halves: Vec<_> = (0..=u16::MAX).map(f16::from_bits).collect();
@@ -577,7 +627,7 @@ mod tests {
         let same = |got: f32, want: f32| {
             got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan())
         };
-        everywhere(|isa| {
+        for_each_isa(|isa| {
             for (half, wide) in zip(&halves, widened(isa, &halves)) {
                 assert!(same(wide, half.to_f32()), "f16 {:#x}", half.to_bits());
             }
@@ -590,7 +640,7 @@ mod tests {
     #[test]
     fn f32_rounds_as_in_half() {
         let values = f32s();
-        everywhere(|isa| {
+        for_each_isa(|isa| {
             for (value, half) in zip(&values, rounded::<f16>(isa, &values)) {
                 let want = f16::from_f32(*value).to_bits();
                 assert_eq!(half.to_bits(), want, "f16 of {:#x}", value.to_bits());

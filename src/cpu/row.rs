@@ -134,6 +134,10 @@ pub(crate) fn moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) -> Momen
 
 /// One pass about a provisional mean, that of the first elements. Where it is further from the mean than half a standard
 /// deviation, the difference below would cancel, and a second pass goes about the mean.
+///
+/// Centers are coarse. Half types have bits to spare in f32, so that differences of their values from a center no finer than
+/// they are, and sums of a chunk of these, are exact but for a few: rows repeat such values, and running sums would round
+/// each repeat the same way.
 #[inline(always)]
 pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) -> Moments {
     let count = x.len() as f64;
@@ -149,7 +153,8 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
     let head = &x[..x.len().min(HEAD)];
     // Reciprocals do not wait for the sums.
     let (of_head, inv_count) = (1. / head.len() as f64, 1. / count);
-    let mut center = T::Acc::of_f64(deviations(isa, head, zero).0 * of_head);
+    let of_values = deviations(isa, head, zero);
+    let mut center = center_near::<T>(of_values.0 * of_head, of_values.1 * of_head);
     let mut passes = 0;
     loop {
         let sums = deviations(isa, x, center);
@@ -168,22 +173,54 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
                 square,
             };
         }
-        center = T::Acc::of_f64(mean);
+        let variance = (sums.1 - between) * inv_count;
+        center = center_near::<T>(mean, mean * mean + variance);
     }
+}
+
+/// The mean; of half types, rounded to a multiple of what tells values of this mean square apart.
+#[inline(always)]
+fn center_near<T: Element>(mean: f64, mean_square: f64) -> T::Acc {
+    const BIAS: u64 = 1023;
+    if size_of::<T>() == size_of::<T::Acc>() {
+        return T::Acc::of_f64(mean);
+    }
+    // Squares overflow before their deviations do.
+    let mean_square = if mean_square.is_finite() {
+        mean_square
+    } else {
+        mean * mean
+    };
+    // The root, as a power of two.
+    let exponent = ((mean_square.to_bits() >> 52 & 0x7ff) + BIAS) / 2;
+    let size = f64::from_bits(exponent << 52);
+    // A sum with it has no bits left for less than a multiple.
+    let shift = size * (T::EPSILON * 1.5 / f64::EPSILON);
+    T::Acc::of_f64(mean + shift - shift)
 }
 
 /// The sums of (x - center) and (x - center)^2.
 #[inline(always)]
 fn deviations<T: Element>(isa: Isa, x: &[T], center: T::Acc) -> Sums {
     let mut total = Sums::default();
-    for x in x.chunks(CHUNK) {
-        total += with_vectors!(isa, simd => chunk_deviations(isa, simd, x, center));
-    }
+    with_vectors!(isa, simd => {
+        for x in x.chunks(terms_of::<T::Acc, _>(simd)) {
+            total += chunk_deviations(isa, simd, x, center);
+        }
+    });
     total
 }
 
 /// Running sums of vectors, which hide the latency of an addition.
 const SUMS: usize = 4;
+/// Terms of a running sum at most.
+const TERMS: usize = 32;
+
+/// Elements that running sums of vectors add up before their totals go on in f64.
+#[inline(always)]
+fn terms_of<A: Acc, S: Simd>(_: S) -> usize {
+    CHUNK.min(TERMS * SUMS * A::lanes::<S>())
+}
 
 #[inline(always)]
 fn chunk_deviations<T: Element, S: Simd>(isa: Isa, simd: S, x: &[T], center: T::Acc) -> Sums {
@@ -594,5 +631,60 @@ impl<T: Element> Columns<T> for Round<'_, T> {
             let value = T::Acc::load(isa, simd, &self.from[first..first + lanes]);
             T::store::<S, STREAM>(isa, simd, value, &mut self.to[first..first + lanes]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::NormConfig;
+    use crate::cpu::simd::for_each_isa;
+    use candle_core::{DType, Device, Result, Tensor};
+    use half::{bf16, f16};
+
+    /// A sorted row repeats each value that its type can hold.
+    fn the_mean_of_a_ramp<T: Element<Acc = f32>>(cols: usize) -> Result<()> {
+        let x = Tensor::zeros(cols, DType::F32, &Device::Cpu)?;
+        let problem = Problem::new(&x, &[cols], None, None, &NormConfig::from(1e-5))?;
+        let x: Vec<T> = (0..cols)
+            .map(|column| T::narrow((3.4 * (column as f64 / cols as f64 - 0.5)) as f32))
+            .collect();
+        let want = x.iter().map(|x| x.widen().in_f64()).sum::<f64>() / cols as f64;
+        for_each_isa(|isa| {
+            let got = moments(isa, &problem, &x).mean;
+            let units = (got - want) * 2f64.powi(24);
+            assert!(
+                units.abs() < 0.1,
+                "{cols} columns: mean off by {units} units"
+            );
+        });
+        Ok(())
+    }
+
+    /// Squares of the values overflow f32, those of their deviations do not.
+    #[test]
+    fn neighbours_far_from_zero() -> Result<()> {
+        let x = Tensor::zeros(1000, DType::F32, &Device::Cpu)?;
+        let problem = Problem::new(&x, &[1000], None, None, &NormConfig::from(1e-5))?;
+        let low = bf16::from_f32(1e20);
+        let high = bf16::from_bits(low.to_bits() + 1);
+        let x = [low, high].repeat(500);
+        let [low, high] = [low, high].map(f64::from);
+        for_each_isa(|isa| {
+            let got = moments(isa, &problem, &x);
+            assert_eq!(got.mean, (low + high) / 2.);
+            let want = 1000. * ((high - low) / 2.).powi(2);
+            assert!((got.square / want - 1.).abs() < 1e-5, "{got:?}");
+        });
+        Ok(())
+    }
+
+    #[test]
+    fn repeated_halves_do_not_move_the_mean() -> Result<()> {
+        for cols in (1000..1400).chain([5000, 40_000]) {
+            the_mean_of_a_ramp::<bf16>(cols)?;
+            the_mean_of_a_ramp::<f16>(cols)?;
+        }
+        Ok(())
     }
 }

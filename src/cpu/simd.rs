@@ -94,3 +94,17 @@ pub(crate) fn dispatch<R>(f: impl FnOnce(Isa) -> R) -> R {
     }
     f(Isa::Base)
 }
+
+/// Runs `f` for each instruction set that this machine has, the best one included.
+#[cfg(test)]
+pub(crate) fn for_each_isa(f: impl Fn(Isa)) {
+    f(Isa::Base);
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(avx2), Some(simd)) = (Avx2::try_new(), V3::try_new()) {
+        avx2.vectorize(
+            #[inline(always)]
+            || f(Isa::Avx2(simd, avx2.f16c)),
+        );
+    }
+    dispatch(f);
+}
