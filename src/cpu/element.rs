@@ -283,7 +283,7 @@ half_precision!(f16, widen_f16, narrow_f16, f32_of_f16_bits, f16_bits);
 #[inline(always)]
 fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::widen_bf16(simd, from));
     } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx2::widen_bf16(simd, from));
@@ -297,7 +297,7 @@ fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::narrow_bf16(simd, from));
     } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx2::narrow_bf16(simd, from));
@@ -311,22 +311,12 @@ fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
 #[inline(always)]
 fn widen_f16(isa: Isa, from: &[f16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::widen_f16(simd, from));
-    } else if let Some(token) = isa.f16c() {
-        let (blocks, rest) = from.as_chunks();
-        let (to_blocks, to_rest) = to.as_chunks_mut();
-        for (to, from) in zip(to_blocks, blocks) {
-            *to = f16c::widen(token, from);
-        }
-        return widen_f16_bits(rest, to_rest);
+    } else if let (Isa::Avx2(_, token), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&f16c::widen(token, from));
     }
     let _ = isa;
-    widen_f16_bits(from, to);
-}
-
-#[inline(always)]
-fn widen_f16_bits(from: &[f16], to: &mut [f32]) {
     for (to, from) in zip(to, from) {
         *to = from.widen();
     }
@@ -335,22 +325,12 @@ fn widen_f16_bits(from: &[f16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_f16(isa: Isa, from: &[f32], to: &mut [f16]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::narrow_f16(simd, from));
-    } else if let Some(token) = isa.f16c() {
-        let (blocks, rest) = from.as_chunks();
-        let (to_blocks, to_rest) = to.as_chunks_mut();
-        for (to, from) in zip(to_blocks, blocks) {
-            *to = f16c::narrow(token, from);
-        }
-        return narrow_f16_bits(rest, to_rest);
+    } else if let (Isa::Avx2(_, token), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&f16c::narrow(token, from));
     }
     let _ = isa;
-    narrow_f16_bits(from, to);
-}
-
-#[inline(always)]
-fn narrow_f16_bits(from: &[f32], to: &mut [f16]) {
     for (to, from) in zip(to, from) {
         *to = f16::narrow(*from);
     }

@@ -27,7 +27,7 @@ pulp::simd_type! {
 #[derive(Clone, Copy)]
 pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
-    Avx512(V4, F16c),
+    Avx512(V4),
     #[cfg(target_arch = "x86_64")]
     Avx2(V3, F16c),
     #[cfg(target_arch = "aarch64")]
@@ -35,24 +35,12 @@ pub(crate) enum Isa {
     Base,
 }
 
-#[cfg(target_arch = "x86_64")]
-impl Isa {
-    /// Where there are instructions that convert f16.
-    #[inline(always)]
-    pub fn f16c(self) -> Option<F16c> {
-        match self {
-            Self::Avx512(_, f16c) | Self::Avx2(_, f16c) => Some(f16c),
-            Self::Base => None,
-        }
-    }
-}
-
 /// Runs `$body` with `$simd` bound to pulp's vectors of `$isa`.
 macro_rules! with_vectors {
     ($isa:expr, $simd:ident => $body:expr) => {
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::simd::Isa::Avx512($simd, _) => $body,
+            $crate::cpu::simd::Isa::Avx512($simd) => $body,
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::simd::Isa::Avx2($simd, _) => $body,
             #[cfg(target_arch = "aarch64")]
@@ -70,20 +58,16 @@ pub(crate) use with_vectors;
 #[inline(always)]
 pub(crate) fn dispatch<R>(f: impl FnOnce(Isa) -> R) -> R {
     #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = Avx2::try_new() {
-        if let Some(simd) = V4::try_new() {
-            // It includes `f16c`.
-            return simd.vectorize(
-                #[inline(always)]
-                || f(Isa::Avx512(simd, avx2.f16c)),
-            );
-        }
-        if let Some(simd) = V3::try_new() {
-            return avx2.vectorize(
-                #[inline(always)]
-                || f(Isa::Avx2(simd, avx2.f16c)),
-            );
-        }
+    if let Some(simd) = V4::try_new() {
+        return simd.vectorize(
+            #[inline(always)]
+            || f(Isa::Avx512(simd)),
+        );
+    } else if let (Some(avx2), Some(simd)) = (Avx2::try_new(), V3::try_new()) {
+        return avx2.vectorize(
+            #[inline(always)]
+            || f(Isa::Avx2(simd, avx2.f16c)),
+        );
     }
     #[cfg(target_arch = "aarch64")]
     if let Some(simd) = Neon::try_new() {
