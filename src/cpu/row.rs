@@ -89,7 +89,7 @@ impl<A: Acc> RowStatistics<A> {
     pub fn new(problem: &Problem, moments: Moments) -> Self {
         let var = moments.square * (1. / moments.count.max(1.));
         Self {
-            mean: A::of_f64(moments.mean),
+            mean: A::of_f64(moments.mean()),
             rstd: A::of_f64(1. / (var + problem.eps).sqrt()),
         }
     }
@@ -100,7 +100,10 @@ impl<A: Acc> RowStatistics<A> {
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Moments {
     count: f64,
-    mean: f64,
+    /// The mean is `center + rest`: rounded to one number, the means of f64 parts would be too coarse for the distance between them where
+    /// mean >> std.
+    center: f64,
+    rest: f64,
     square: f64,
 }
 
@@ -108,14 +111,22 @@ impl Moments {
     /// Of both parts, by the distance between their means: Chan, Golub and LeVeque.
     #[inline(always)]
     pub fn with(self, other: Self) -> Self {
+        if self.count == 0. {
+            return other;
+        }
         let count = self.count + other.count;
         let share = other.count / count;
-        let distance = other.mean - self.mean;
+        let distance = (other.center - self.center) + (other.rest - self.rest);
         Self {
             count,
-            mean: self.mean + distance * share,
+            rest: self.rest + distance * share,
             square: self.square + other.square + distance * distance * self.count * share,
+            ..self
         }
+    }
+
+    fn mean(self) -> f64 {
+        self.center + self.rest
     }
 }
 
@@ -146,8 +157,8 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
         let Sums(_, square) = deviations(isa, x, zero);
         return Moments {
             count,
-            mean: 0.,
             square,
+            ..Moments::default()
         };
     }
     let head = &x[..x.len().min(HEAD)];
@@ -160,7 +171,6 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
         let sums = deviations(isa, x, center);
         let rest = sums.0 * inv_count;
         let between = sums.0 * rest;
-        let mean = center.in_f64() + rest;
         let far = between > 0.25 * (sums.1 - between);
         passes += 1;
         if !far || passes == 2 {
@@ -169,10 +179,12 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
             let square = if square < 0. { 0. } else { square };
             return Moments {
                 count,
-                mean,
+                center: center.in_f64(),
+                rest,
                 square,
             };
         }
+        let mean = center.in_f64() + rest;
         let variance = (sums.1 - between) * inv_count;
         center = center_near::<T>(mean, mean * mean + variance);
     }
@@ -651,7 +663,7 @@ mod tests {
             .collect();
         let want = x.iter().map(|x| x.widen().in_f64()).sum::<f64>() / cols as f64;
         for_each_isa(|isa| {
-            let got = moments(isa, &problem, &x).mean;
+            let got = moments(isa, &problem, &x).mean();
             let units = (got - want) * 2f64.powi(24);
             assert!(
                 units.abs() < 0.1,
@@ -672,7 +684,7 @@ mod tests {
         let [low, high] = [low, high].map(f64::from);
         for_each_isa(|isa| {
             let got = moments(isa, &problem, &x);
-            assert_eq!(got.mean, (low + high) / 2.);
+            assert_eq!(got.mean(), (low + high) / 2.);
             let want = 1000. * ((high - low) / 2.).powi(2);
             assert!((got.square / want - 1.).abs() < 1e-5, "{got:?}");
         });

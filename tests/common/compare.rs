@@ -80,6 +80,8 @@ pub struct Values {
     sums: f64,
     /// 1 against the oracle, 2 against another implementation that rounds as well.
     sides: f64,
+    /// Expected values below it may have become zeros.
+    flushed_below: f64,
 }
 
 impl Values {
@@ -89,6 +91,7 @@ impl Values {
             scale: Vec::new(),
             sums,
             sides: 1.,
+            flushed_below: 0.,
         }
     }
 
@@ -140,11 +143,20 @@ impl Values {
         self
     }
 
+    /// What follows the op takes expected values of less than `least` for zeros, or not.
+    pub fn flushed_below(mut self, least: f64) -> Self {
+        self.flushed_below = least;
+        self
+    }
+
     /// How far `got` is off, in tolerances; a NaN is infinitely far off, even where one is expected. An infinity is right
     /// where an expected value that the dtype cannot hold rounds to it.
     fn excess(&self, index: usize, got: f64, dtype: DType) -> f64 {
         let want = self.want[index];
         let allowed = self.allowed(index, dtype);
+        if got == 0. && want.abs() < self.flushed_below {
+            return 0.;
+        }
         if got == want || (got.is_infinite() && round(want + allowed.copysign(got), dtype) == got) {
             return 0.;
         }
