@@ -403,7 +403,7 @@ fn train(args: &TrainArgs, limits: Limits) -> Result<Summary> {
 fn train_on_gpus(plan: Plan, gpus: usize) -> Result<Summary> {
     let id = cudarc::nccl::Id::new().map_err(parallel::nccl_error)?;
     parallel::run(gpus, move |rank| {
-        let device = Device::new_cuda(rank).with_context(|| format!("GPU {rank}"))?;
+        let device = Device::new_cuda_with_stream(rank).with_context(|| format!("GPU {rank}"))?;
         let nccl = parallel::Nccl::new(device.as_cuda_device()?, rank, gpus, id)?;
         plan.run(nccl, device)
     })
