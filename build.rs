@@ -82,6 +82,7 @@ fn compile() -> Result<(), String> {
         "CUDA_PATH",
         "CUDA_COMPUTE_CAP",
         "CANDLE_FUSED_LAYER_NORM_PTX",
+        "CANDLE_FUSED_LAYER_NORM_RACECHECK",
     ] {
         println!("cargo:rerun-if-env-changed={var}");
     }
@@ -96,6 +97,7 @@ fn compile() -> Result<(), String> {
     let nvcc = find_nvcc();
     let toolkit = toolkit_version(&nvcc)?;
     let bases = bases()?;
+    let racecheck = racecheck()?;
 
     clear(&out)?;
     let mut units = Vec::new();
@@ -119,7 +121,7 @@ fn compile() -> Result<(), String> {
             scope.spawn(|| {
                 // The lock is released before the compiler runs.
                 while let Some(unit) = queue.lock().ok().and_then(|mut q| q.pop()) {
-                    let compiled = compile_unit(&nvcc, kernels, &out, &unit)
+                    let compiled = compile_unit(&nvcc, kernels, &out, &unit, racecheck)
                         .and_then(|()| take_apart(&out, &unit.name()));
                     if let Ok(mut results) = results.lock() {
                         results.push(compiled.map(|entries| (unit, entries)));
@@ -217,10 +219,28 @@ fn bases() -> Result<Vec<u32>, String> {
     }
 }
 
-fn compile_unit(nvcc: &Path, kernels: &Path, out: &Path, unit: &Unit) -> Result<(), String> {
+/// Whether all lanes arrive on barriers, as compute-sanitizer's racecheck can follow.
+fn racecheck() -> Result<bool, String> {
+    match env::var("CANDLE_FUSED_LAYER_NORM_RACECHECK") {
+        Err(_) => Ok(false),
+        Ok(one) if one == "1" => Ok(true),
+        Ok(other) => Err(format!(
+            "CANDLE_FUSED_LAYER_NORM_RACECHECK: expected `1` or nothing, got `{other}`"
+        )),
+    }
+}
+
+fn compile_unit(
+    nvcc: &Path,
+    kernels: &Path,
+    out: &Path,
+    unit: &Unit,
+    racecheck: bool,
+) -> Result<(), String> {
     let source = kernels.join(format!("{}.cu", unit.file));
     let output = Command::new(nvcc)
         .args(["-ptx", "-std=c++17", "-O3", "-diag-suppress=177"])
+        .args(racecheck.then_some("-DLN_RACECHECK"))
         .arg(format!("-arch=compute_{}", unit.base))
         .arg(format!("-DLN_X={}", unit.x.1))
         .arg(format!("-DLN_X_BYTES={}", unit.x.2))

@@ -4,11 +4,11 @@
 //               dx = (g - a - xhat * b) * rstd, dweight = sum over rows of dy * xhat, dbias = sum over rows of dy.
 // Algorithm     Persistent warps stride over the rows. A lane owns the same P vectors of every row: weight and the sums for dweight and
 //               dbias stay in its registers. It copies its own vectors of x and dy asynchronously into its own slots of a
-//               ring of rows, so that no barrier guards the ring. At the end the block adds up its warps; finalize.cu adds
-//               up the blocks.
+//               ring of rows, so that no barrier guards the ring. It reads them once: xhat and g stay in registers until the row's sums are
+//               there, and the slots are free. At the end the block adds up its warps; finalize.cu adds up the blocks.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * blocks * cols for the partials, written and read (in f32).
-// Launch        backward_warp_{wide,shifted,single}_LxP: block kThreads, L lanes a row, cols <= L * P * kVec; shared:
-//               max(kRing * 2 * kThreads * P * kVec * sizeof(X), kThreads / 32 * part_step(cols) * sizeof(Acc)). Partials: [blocks, cols].
+// Launch        backward_warp_{wide,shifted,single}_LxP: block T, L lanes a row, cols <= L * P * kVec; shared: with R rows in the ring
+//               max(R * 2 * T * P * kVec * sizeof(X), T / 32 * part_step(cols) * sizeof(Acc)). Partials: [blocks, cols].
 //               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
 //               warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be
 //               null.
@@ -16,9 +16,45 @@
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
 
-constexpr int kThreads = 256;
-template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_TAKES) {
-  constexpr int kRing = kWarpRing<kPer * kVec * int(sizeof(X))>;
+// What a lane keeps of its columns over all its rows: weight, widened, and the sums. And of the row at hand, from its sums to its dx. Columns
+// past the last are zero in x and dy.
+template <int kVec, int kPer> struct RowColumns {
+  Acc weight[kPer][kVec], dweight[kPer][kVec], dbias[kPer][kVec];
+  Acc g[kPer][kVec], xhat[kPer][kVec];
+
+  // `w` as of load_weight.
+  __device__ __forceinline__ void start(int k, const Vec<Param, kVec>& w, Acc weight_offset) {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      weight[k][i] = weight_of(w[i], weight_offset);
+      dweight[k][i] = dbias[k][i] = 0;
+    }
+  }
+  // Takes vector k of a row: adds to the sums over rows, and its part of the row's own sums to `sums`.
+  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Pair& sums) {
+    // Two short chains of additions for one long one.
+    Pair s = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kVec; i++) {
+      const Acc d = dy[i];
+      xhat[k][i] = row.xhat(x[i]);
+      g[k][i] = d * weight[k][i];
+      s.a += g[k][i];
+      s.b += g[k][i] * xhat[k][i];
+      dbias[k][i] += d;
+      dweight[k][i] += d * xhat[k][i];
+    }
+    sums = sums + s;
+  }
+  // dx of that vector.
+  __device__ __forceinline__ void gradient(int k, Acc a, Acc b, Acc rstd, Acc (&f)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; i++) f[i] = (g[k][i] - a - xhat[k][i] * b) * rstd;
+  }
+};
+
+// kRing: rows in the ring.
+template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_TAKES) {
   extern __shared__ __align__(16) unsigned char shared[];
   launch_next();
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
@@ -34,7 +70,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 
   using C = Chunks<kVec, 2>;
   const uint32_t begin = C::start(shared, warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
-  Columns<kVec, kPer> own;
+  RowColumns<kVec, kPer> own;
   bool valid[kPer];
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
@@ -69,7 +105,7 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   };
   for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 #pragma unroll
-  for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, valid[k]));
+  for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, valid[k]), weight_offset);
   OuterColumns<kVec, kShifted> outer;
   outer.start(frame, true, weight, weight_offset);
   int64_t row_ahead = own_first;
@@ -101,21 +137,22 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-      own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
+      own.add(k, C::read(xs), C::read(dys), row, sums);
     }
-    const Scales scales = Scales::of(warp_sum(sums, kLanes), row, inv_cols, remove_mean);
-#pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      Acc f[kVec];
-      own.gradient(k, C::read(at + k * C::kChunk), C::read(at + k * C::kChunk + C::kTensor), scales, weight_offset, f);
-      arriving.finish(added, k, f, out + k * kLanes * kVec, writes && valid[k]);
-      store<X, kVec>(dx + out + k * kLanes * kVec, f, dx && writes && valid[k]);
-    }
-    outer.store_dx(dx, out - frame.column(t), scales, weight_offset);
-    out += step;
     fill(it + kRing, at);
     at += kPer * C::kChunk;
     if (at == end) at = begin;
+    sums = warp_sum(sums, kLanes);
+    const Acc a = remove_mean ? sums.a * inv_cols : Acc(0), b = sums.b * inv_cols;
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      Acc f[kVec];
+      own.gradient(k, a, b, row.rstd, f);
+      arriving.finish(added, k, f, out + k * kLanes * kVec, writes && valid[k]);
+      store<X, kVec>(dx + out + k * kLanes * kVec, f, dx && writes && valid[k]);
+    }
+    outer.store_dx(dx, out - frame.column(t), Scales::of(sums, row, inv_cols, remove_mean), weight_offset);
+    out += step;
   }
 
   // Rows of one warp, then the warps in order, through shared memory that the ring no longer needs.
@@ -142,11 +179,11 @@ template <int kVec, int kPer, int kLanes, bool kShifted> __device__ __forceinlin
   }
 }
 
-#define BACKWARD_WARP(name, vec, lanes, per, blocks) BACKWARD_WARP_OF(name, vec, lanes, per, blocks)
-#define BACKWARD_WARP_OF(name, vec, lanes, per, blocks)                                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                                       \
+#define BACKWARD_WARP(name, vec, lanes, per, ring, threads, blocks) BACKWARD_WARP_OF(name, vec, lanes, per, ring, threads, blocks)
+#define BACKWARD_WARP_OF(name, vec, lanes, per, ring, threads, blocks)                                                  \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                                        \
       backward_warp_##name##_##lanes##x##per(BACKWARD_ARGUMENTS) {                                                     \
-    backward_warp<vec, per, lanes, kShifted>(BACKWARD_PASS);                                                           \
+    backward_warp<vec, per, lanes, ring, kShifted>(BACKWARD_PASS);                                                     \
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
@@ -160,39 +197,48 @@ constexpr bool kShifted = false;
 #endif
 
 #ifdef LN_SINGLE
-BACKWARD_WARP(single, 1, 8, 8, 1)
-BACKWARD_WARP(single, 1, 32, 4, 1)
-BACKWARD_WARP(single, 1, 32, 8, 1)
+BACKWARD_WARP(single, 1, 8, 8, 4, 256, 1)
+BACKWARD_WARP(single, 1, 32, 4, 4, 256, 1)
+BACKWARD_WARP(single, 1, 32, 8, 4, 256, 1)
 #if LN_X_BYTES != 8
-BACKWARD_WARP(single, 1, 32, 16, 1)
+BACKWARD_WARP(single, 1, 32, 16, 4, 256, 1)
 #endif
 #elif defined(LN_SHIFTED)
 #if LN_X_BYTES == 2
-BACKWARD_WARP(shifted, kWide, 32, 2, 2)
-BACKWARD_WARP(shifted, kWide, 32, 3, 1)
-BACKWARD_WARP(shifted, kWide, 32, 4, 1)
+BACKWARD_WARP(shifted, kWide, 32, 2, 3, 256, 2)
+BACKWARD_WARP(shifted, kWide, 32, 3, 3, 384, 1)
+BACKWARD_WARP(shifted, kWide, 32, 4, 3, 256, 1)
 #elif LN_X_BYTES == 4
-BACKWARD_WARP(shifted, kWide, 32, 4, 1)
-BACKWARD_WARP(shifted, kWide, 32, 6, 1)
-BACKWARD_WARP(shifted, kWide, 32, 8, 1)
+BACKWARD_WARP(shifted, kWide, 32, 4, 3, 256, 1)
+BACKWARD_WARP(shifted, kWide, 32, 6, 3, 256, 1)
+BACKWARD_WARP(shifted, kWide, 32, 8, 3, 256, 1)
 #else
-BACKWARD_WARP(shifted, kWide, 32, 4, 1)
+BACKWARD_WARP(shifted, kWide, 32, 4, 4, 256, 1)
 #endif
 #elif LN_X_BYTES == 2
-BACKWARD_WARP(WIDE, kWide, 8, 2, 2)
-BACKWARD_WARP(WIDE, kWide, 16, 2, 2)
-BACKWARD_WARP(WIDE, kWide, 32, 2, 2)
-BACKWARD_WARP(WIDE, kWide, 32, 3, 1)
-BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 8, 2, 2, 256, 2)
+BACKWARD_WARP(WIDE, kWide, 16, 2, 2, 256, 2)
+BACKWARD_WARP(WIDE, kWide, 32, 2, 2, 256, 2)
+#ifdef LN_ADD
+BACKWARD_WARP(WIDE, kWide, 32, 3, 3, 256, 1)
+#else
+BACKWARD_WARP(WIDE, kWide, 32, 3, 3, 384, 1)
+#endif
+BACKWARD_WARP(WIDE, kWide, 32, 4, 3, 256, 1)
 #elif LN_X_BYTES == 4
-BACKWARD_WARP(WIDE, kWide, 8, 4, 1)
-BACKWARD_WARP(WIDE, kWide, 16, 4, 1)
-BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
-BACKWARD_WARP(WIDE, kWide, 32, 6, 1)
-#ifndef LN_ADD
-BACKWARD_WARP(WIDE, kWide, 32, 8, 1)
+#ifdef LN_ADD
+BACKWARD_WARP(WIDE, kWide, 8, 4, 3, 256, 1)
+BACKWARD_WARP(WIDE, kWide, 16, 4, 3, 256, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 3, 256, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 6, 3, 256, 1)
+#else
+BACKWARD_WARP(WIDE, kWide, 8, 4, 3, 256, 2)
+BACKWARD_WARP(WIDE, kWide, 16, 4, 3, 256, 2)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 3, 256, 2)
+BACKWARD_WARP(WIDE, kWide, 32, 6, 3, 384, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 8, 3, 256, 1)
 #endif
 #else
-BACKWARD_WARP(WIDE, kWide, 8, 4, 1)
-BACKWARD_WARP(WIDE, kWide, 32, 4, 1)
+BACKWARD_WARP(WIDE, kWide, 8, 4, 4, 256, 1)
+BACKWARD_WARP(WIDE, kWide, 32, 4, 4, 256, 1)
 #endif

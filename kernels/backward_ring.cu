@@ -6,8 +6,8 @@
 //               after its sums, so that nobody waits for a reduction. finalize.cu adds up the owners' partial dweight and
 //               dbias; a block has added up its teams'.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * parts * cols for the partials, written and read (in f32).
-// Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4 (wide) or 2; T * W <= 16. shared:
-//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? T * part_step(cols) * sizeof(Acc) : 0);
+// Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4; T * W <= 16. shared:
+//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0);
 //               cols <= blocks * W * 32 * kPer * kVec.
 //               backward_block_*: T >= 1 teams, partials [blocks, cols].
 //               backward_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
@@ -21,13 +21,17 @@
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
 
-template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted>
-__device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, int group_blocks, int teams) {
-  constexpr int kSets = kLag <= 2 ? 4 : 8;
+template <int kLag> constexpr int kSetsFor = kLag <= 2 ? 4 : 8;
+template <Owner kOwner> constexpr int kMaxTeams = kOwner == Owner::Block ? 8 : 1;
+
+// kPlain: a weight that is not centred at 0.
+template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted, bool kPlain>
+__device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, int group_blocks, int teams,
+                                              MailBox<kSetsFor<kLag>, Scales> (&boxes)[kMaxTeams<kOwner>]) {
+  constexpr int kSets = kSetsFor<kLag>;
   static_assert(kSets >= kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
-  constexpr int kMaxTeams = kOwner == Owner::Block ? 8 : 1;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ MailBox<kSets, Scales> boxes[kMaxTeams];
+  const auto offset = known_offset<kPlain>(weight_offset);
 
   // Blocks that wait for each other in global memory share the device with nothing.
   if constexpr (kOwner != Owner::Grid) launch_next();
@@ -56,6 +60,14 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   // No owner has this kind's predecessor beside it.
   const bool alone = own_rows.starts_kind(first_row);
 
+  const Share share = share_of(F::most_vectors(cols), group.rank, group.blocks);
+  // A compute thread's vectors: of the share, and of the row.
+  const int vector = share.begin + warp * kPer * kWarp + lane;
+  const int last = share.begin + share.vectors;
+  const auto end_in = [&](const F& frame) { return min(last, frame.vectors); };
+  // The sums of a compute thread's columns, and of a communication thread's.
+  Columns<kVec, kPer> own;
+  OuterColumns<kVec, kShifted> outer;
   if (warp >= warps) {
     const int own_warp = warp - warps;
     const Acc inv_cols = inverse(cols);
@@ -63,7 +75,6 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
     statistics.load(mean, rstd, own_rows, 0);
     // The first of a row's blocks has its outer columns.
     const bool here = group.rank == 0;
-    OuterColumns<kVec, kShifted> outer;
     // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
     constexpr int kFar = kRing / kComm + 2;
     auto place = first_row, ahead = first_row, far = first_row;
@@ -115,33 +126,19 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         outer.store_dx(dx, place * int64_t(cols), s, weight_offset);
       }
       if constexpr (kShifted) outer.template add_up<kComm>(own_warp);
-#pragma unroll
-      for (int tensor = 0; tensor < 2; tensor++) {
-        Acc* const out = tensor ? dbias_part : dweight_part;
-        if (!out) continue;
-        if (teams == 1) {
-          if (own_warp == 0) outer.store_sums(out + part, tensor);
-          continue;
-        }
-        __syncthreads();
-        outer.store_sums(reinterpret_cast<Acc*>(shared) + team * step, tensor);
-        __syncthreads();
+      if (own_warp == 0 && teams == 1) {
+        if (dweight_part) outer.store_sums(dweight_part + part, false);
+        if (dbias_part) outer.store_sums(dbias_part + part, true);
       }
       part += step;
     } while (kSorted && it < own_rows.count);
   } else {
-    const Share share = share_of(F::most_vectors(cols), group.rank, group.blocks);
-    // This thread's vectors: of the share, and of the row.
-    const int vector = share.begin + warp * kPer * kWarp + lane;
-    const int last = share.begin + share.vectors;
-    const auto end_in = [&](const F& frame) { return min(last, frame.vectors); };
     const F first_frame(cols, first_row);
     bool valid[kPer];
 #pragma unroll
     for (int k = 0; k < kPer; k++) valid[k] = vector + k * kWarp < end_in(first_frame);
     // In a row that reaches so far.
     const auto holds = [&](int end, int k) { return kSorted ? vector + k * kWarp < end : valid[k]; };
-    Columns<kVec, kPer> own;
     using C = Chunks<kVec, 2>;
     const uint32_t begin = C::start(shared, team * warps + warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
     const auto advance = [&](uint32_t& at) {
@@ -196,7 +193,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
-        own.add(k, C::read(xs), C::read(dys), row, weight_offset, sums);
+        own.add(k, C::read(xs), C::read(dys), row, offset, sums);
       }
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
@@ -221,8 +218,8 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
         Acc f[kVec];
         if (kSorted && other_kind)
-          own.gradient_of(load_weight_of(dx_frame, weight, vector + k * kWarp, weight_offset, holds(dx_end, k)), xs, dys, s, weight_offset, f);
-        else own.gradient(k, xs, dys, s, weight_offset, f);
+          own.gradient_of(load_weight_of(dx_frame, weight, vector + k * kWarp, weight_offset, holds(dx_end, k)), xs, dys, s, offset, f);
+        else own.gradient(k, xs, dys, s, offset, f);
         arriving.finish(added, k, f, out + k * kWarp * kVec, holds(dx_end, k));
         store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && holds(dx_end, k));
       }
@@ -275,29 +272,40 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
         }
       }
 
+      if (teams == 1) {
 #pragma unroll
-      for (int tensor = 0; tensor < 2; tensor++) {
-        Acc* const out = tensor ? dbias_part : dweight_part;
-        if (!out) continue;
-        if (teams == 1) {
-#pragma unroll
-          for (int k = 0; k < kPer; k++)
-            store_columns(frame, out + part, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], frame_end);
-          continue;
+        for (int k = 0; k < kPer; k++) {
+          if (dweight_part) store_columns(frame, dweight_part + part, vector + k * kWarp, own.dweight[k], frame_end);
+          if (dbias_part) store_columns(frame, dbias_part + part, vector + k * kWarp, own.dbias[k], frame_end);
         }
-        // The teams' sums in order, through shared memory that the ring no longer needs.
-        copy_async_wait<0>();
-        Acc* const sums = reinterpret_cast<Acc*>(shared);
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < kPer; k++)
-          store_columns(frame, sums + team * step, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], frame_end);
-        __syncthreads();
-        add_owners(out + part, sums, teams, cols, (team * warps + warp) * kWarp + lane, teams * warps * kWarp);
       }
       part += step;
     } while (kSorted && it < own_rows.count);
     copy_async_wait<0>();
+  }
+  if constexpr (kOwner == Owner::Block) {
+    if (teams > 1) {
+      // The teams' sums in order, through shared memory that the ring no longer needs: those of dweight, then those of dbias.
+      Acc* const sums = reinterpret_cast<Acc*>(shared);
+      const F frame(cols, first_row);
+      block_sync();
+#pragma unroll
+      for (int tensor = 0; tensor < 2; tensor++) {
+        Acc* const to = sums + (tensor * teams + team) * step;
+        if (warp >= warps) {
+          outer.store_sums(to, tensor);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kPer; k++) store_columns(frame, to, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
+        }
+      }
+      block_sync();
+#pragma unroll
+      for (int tensor = 0; tensor < 2; tensor++) {
+        Acc* const out = tensor ? dbias_part : dweight_part;
+        if (out) add_owners(out + blockIdx.x * int64_t(step), sums + tensor * teams * step, teams, cols, threadIdx.x, blockDim.x);
+      }
+    }
   }
   // No block leaves while another may send to it.
   sync_owner<kOwner>();
@@ -307,11 +315,15 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
       backward_##name(BACKWARD_ARGUMENTS, Pair* __restrict__ meetings /* [rows, group_blocks + 32] */, int group_blocks, \
                       int teams) {                                                                                     \
-    backward_ring<kWide, per, ring, lag, owner, comm, kShifted>(BACKWARD_PASS, meetings, group_blocks, teams);         \
+    __shared__ MailBox<kSetsFor<lag>, Scales> boxes[kMaxTeams<owner>];                                                 \
+    if (!kOffsetOnLoad && weight_offset == 0)                                                                          \
+      backward_ring<kWide, per, ring, lag, owner, comm, kShifted, !kOffsetOnLoad>(BACKWARD_PASS, meetings, group_blocks, teams, boxes); \
+    else                                                                                                               \
+      backward_ring<kWide, per, ring, lag, owner, comm, kShifted, false>(BACKWARD_PASS, meetings, group_blocks, teams, boxes); \
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
-constexpr int kBlock = LN_X_BYTES == 8 ? 384 : 640, kCluster = LN_X_BYTES == 8 ? 384 : LN_X_BYTES == 4 ? 544 : 512;
+constexpr int kBlock = LN_X_BYTES == 8 ? 384 : 640;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // A few registers spill, and a row of a million columns is read once.
 constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 640;
@@ -321,7 +333,7 @@ constexpr int kGrid = LN_X_BYTES == 8 ? 384 : 512;
 #define NAME(owner) owner##_shifted
 #else
 constexpr bool kShifted = false;
-constexpr int kBlock = LN_X_BYTES == 8 ? 416 : 640, kCluster = LN_X_BYTES == 8 ? 416 : 544, kGrid = LN_X_BYTES == 8 ? 384 : 640;
+constexpr int kBlock = LN_X_BYTES == 8 ? 416 : 640, kGrid = LN_X_BYTES == 8 ? 384 : 640;
 #ifdef LN_ADD
 #define NAME(owner) owner##_add
 #else
@@ -333,6 +345,9 @@ constexpr int kBlock = LN_X_BYTES == 8 ? 416 : 640, kCluster = LN_X_BYTES == 8 ?
 
 #if LN_X_BYTES == 2
 RING(block, 2, 3, 1, Owner::Block, 1, kBlock)
+#if !defined(LN_ADD) && !defined(LN_SHIFTED)
+RING(long_block, 3, 4, 2, Owner::Block, 1, 384)
+#endif
 #elif LN_X_BYTES == 4
 RING(block, 2, 4, 2, Owner::Block, 1, kBlock)
 #else
@@ -352,8 +367,15 @@ RING(grid, 4, 3, 2, Owner::Grid, 4, 384)
 #endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #if LN_X_BYTES == 8
-RING(cluster, 4, 3, 1, Owner::Cluster, 1, kCluster)
+RING(cluster, 4, 3, 1, Owner::Cluster, 1, kBlock)
+#elif LN_X_BYTES == 4
+RING(cluster, 4, 4, 2, Owner::Cluster, 1, 384)
+#if !defined(LN_ADD) && !defined(LN_SHIFTED)
+RING(long_cluster, 6, 3, 2, Owner::Cluster, 1, 384)
+#endif
+#elif defined(LN_SHIFTED)
+RING(cluster, 2, 6, 2, Owner::Cluster, 1, 512)
 #else
-RING(cluster, 2, 6, 2, Owner::Cluster, 1, kCluster)
+RING(cluster, 3, 4, 2, Owner::Cluster, 1, 384)
 #endif
 #endif

@@ -1,50 +1,62 @@
 // The last launch of a backward pass: adds up the partial dweight and dbias that its owners of rows left.
 //
 // Computes      dweight[c] = sum over parts of dweight_part[part][c], dbias likewise.
-// Algorithm     A lane owns kVec columns; S warps add every S-th part, then their sums are added in order.
+// Algorithm     A thread owns kVec columns and every S-th part, all of them on their way at once: what this launch takes is latency. The S sums
+//               of a column are added in order, by a thread a column.
 // Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the owners left them.
-// Launch        block (32, S), S <= kMaxSplits, grid (cols / (32 * kVec) rounded up, 2). Either output may be null. On sm_90 it may be
-//               launched before the parts are there (programmatic dependent launch), and waits.
+// Launch        block (L, S), L * S = kThreads: with as many S to kMaxSplits as there are parts; grid (cols / (L * kVec) rounded up, 2).
+//               Either output may be null. On sm_90 it may be launched before the parts are there (programmatic dependent launch), and waits.
 // Determinism   No atomics; one order.
 #include "common.cuh"
 
-constexpr int kMaxSplits = 32;
+constexpr int kThreads = 256, kMaxSplits = 32;
 constexpr int kVec = 16 / sizeof(Acc);
+// Parts of a thread that are on their way at once: all of two blocks a multiprocessor, to 160.
+constexpr int kAhead = 10;
 
-extern "C" __global__ void __launch_bounds__(kWarp* kMaxSplits, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     finalize(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,
              const Acc* __restrict__ dweight_part /* [parts, cols], rows part_step apart */,
              const Acc* __restrict__ dbias_part /* [parts, cols], rows part_step apart */, int parts, int cols) {
-  wait_for_previous();
-  __shared__ Vec<Acc, kVec> sums[kMaxSplits][kWarp];
-  const int splits = blockDim.y;
+  __shared__ Vec<Acc, kVec> sums[kThreads];
+  const int lanes = blockDim.x, splits = blockDim.y, lane = threadIdx.x, split = threadIdx.y;
+  const int own_columns = lanes * kVec, first = blockIdx.x * own_columns, c = first + lane * kVec;
+  const int64_t step = part_step(cols);
   Param* const out = blockIdx.y ? dbias : dweight;
-  const Acc* const part = blockIdx.y ? dbias_part : dweight_part;
-  if (!out) return;
-  const int c = (blockIdx.x * kWarp + threadIdx.x) * kVec;
-  Acc sum[kVec];
+  const Acc* const part = (blockIdx.y ? dbias_part : dweight_part) + c;
+  Acc sum[kVec] = {};
+  const auto add_parts = [&](const auto& load) {
+#pragma unroll 1
+    for (int p = split; p < parts; p += kAhead * splits) {
+      Vec<Acc, kVec> v[kAhead];
 #pragma unroll
-  for (int i = 0; i < kVec; i++) sum[i] = 0;
-  const auto add = [&](const Vec<Acc, kVec>& v) {
+      for (int j = 0; j < kAhead; j++) v[j] = load(part + (p + j * splits) * step, p + j * splits < parts);
 #pragma unroll
-    for (int i = 0; i < kVec; i++) sum[i] += v[i];
+      for (int j = 0; j < kAhead; j++)
+#pragma unroll
+        for (int i = 0; i < kVec; i++) sum[i] += v[j][i];
+    }
   };
+  wait_for_previous();
+  if (!out) return;
   if (c + kVec <= cols) {
-#pragma unroll 8
-    for (int p = threadIdx.y; p < parts; p += splits) add(load_vec<Acc, kVec>(part + p * int64_t(part_step(cols)) + c));
+    add_parts([](const Acc* from, bool valid) { return load_vec_if<Acc, kVec>(from, valid); });
   } else {
     // Behind the last column nothing was written.
-    for (int p = threadIdx.y; p < parts; p += splits)
+    add_parts([&](const Acc* from, bool valid) {
+      Acc f[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; i++) sum[i] += c + i < cols ? __ldg(part + p * int64_t(part_step(cols)) + c + i) : Acc(0);
+      for (int i = 0; i < kVec; i++) f[i] = valid && c + i < cols ? __ldg(from + i) : Acc(0);
+      return Vec<Acc, kVec>::of(f);
+    });
   }
-  if (splits > 1) {
-    sums[threadIdx.y][threadIdx.x] = Vec<Acc, kVec>::of(sum);
-    __syncthreads();
-    if (threadIdx.y > 0) return;
-    for (int s = 1; s < splits; s++) add(sums[s][threadIdx.x]);
+  sums[split * lanes + lane] = Vec<Acc, kVec>::of(sum);
+  __syncthreads();
+  const Acc* const of_column = reinterpret_cast<const Acc*>(sums);
+  for (int i = split * lanes + lane; i < own_columns && first + i < cols; i += kThreads) {
+    Acc total = 0;
+#pragma unroll 8
+    for (int s = 0; s < splits; s++) total += of_column[s * own_columns + i];
+    out[first + i] = Param(total);
   }
-#pragma unroll
-  for (int i = 0; i < kVec; i++)
-    if (c + i < cols) out[c + i] = Param(sum[i]);
 }

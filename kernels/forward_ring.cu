@@ -2,8 +2,9 @@
 //
 // Computes      as forward.cu.
 // Algorithm     Persistent groups of blocks stride over the rows; ring.cuh says how a row's owners work together. weight and bias stay
-//               in registers. A thread sums about one of its first values of a row, in one pass; warps, blocks and the group merge
-//               their moments (Chan). Statistics run kLead chunks ahead of y.
+//               in registers; the f32 bias of giant rows, for which there are too few, comes anew with each row, through slots of its own.
+//               A thread sums about one of its first values of a row, in one pass; warps, blocks and the group merge
+//               their moments (Chan), of which the means are relative to one of the row's first values. Statistics run kLead chunks ahead of y.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once.
 // Launch        W warps that compute (to 16) and C that communicate, C = 1 for clusters and giant rows, else 4; shared:
 //               kSlots * W * 32 * kVec * sizeof(X); cols <= blocks * W * 32 * kPer * kVec.
@@ -17,11 +18,14 @@
 #include "ring.cuh"
 
 // kSlots chunks a warp in the ring; the statistics run kLead chunks ahead of y, across rows, so that nobody waits for them.
-template <int kVec, int kPer, int kSlots, int kLead, Owner kOwner, int kComm, bool kGiant, bool kShifted>
+// kBiasSlots vectors of bias a thread are on their way, or, if 0, all are in registers.
+template <int kVec, int kPer, int kSlots, int kLead, Owner kOwner, int kComm, bool kGiant, int kBiasSlots, bool kShifted>
 __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int group_blocks) {
   constexpr int kLag = (kLead + kPer - 1) / kPer, kSets = kLag <= 2 ? 4 : 8;
   static_assert(kSlots > kLead && kLead >= kPer && kSets >= kLag + 2, "sets and slots that cannot be overrun");
   static_assert(kGiant || kSlots % kPer == 0, "slots that keep to their k");
+  // What a step copies has arrived kSlots - kLead + 1 steps later.
+  static_assert(!kBiasSlots || (kGiant && kBiasSlots > kSlots - kLead && kBiasSlots <= kPer), "a bias that has arrived when it is read");
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ MailBox<kSets, Normalizer> box;
   const Mail<kSets, Normalizer> mail(box);
@@ -96,6 +100,15 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
       load_ahead(warp - warps);
       for (int i = 0; i < kFar; i++) prefetch(warp - warps + i * kComm);
     }
+    // Of this warp's next row, on its way while others are waited for.
+    Reference reference;
+    auto reference_row = row;
+    const auto load_reference = [&](int it) {
+      if (it < own.count) reference.load(x + reference_row * int64_t(cols), cols);
+      advance(reference_row, kComm);
+    };
+    advance(reference_row, warp - warps);
+    load_reference(warp - warps);
     int counted = -1;
     if constexpr (!kShifted) count(F(cols, row));
 #pragma unroll 1
@@ -115,10 +128,12 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
         prefetch(it + kFar * kComm);
       }
       Pair parts[kPieces] = {mail.collect(it, warps)};
-      if constexpr (kShifted) parts[1] = remove_mean ? Pair{value, 0} : Pair{0, value * value};
+      const Acc from = reference.get(remove_mean);
+      load_reference(it + kComm);
+      if constexpr (kShifted) parts[1] = remove_mean ? Pair{value - from, 0} : Pair{0, value * value};
       const Moments block = merge_moments(parts, counts, inv_share);
       const Pair m = mail.template agree<kOwner>(it, group, Pair{block.mean, block.m2}, meetings + int64_t(row) * meeting_pairs(group.blocks), merge);
-      const Normalizer n = {m.a, rsqrt_acc(m.b * inv_cols + eps)};
+      const Normalizer n = {from + m.a, rsqrt_acc(m.b * inv_cols + eps)};
       mail.deliver(it, n);
       if (group.rank == 0 && lane == 0) {
         if (mean) mean[row] = n.mean;
@@ -147,6 +162,17 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     // Giant rows pass once and leave L2 to weight and bias.
     uint64_t once = 0;
     if constexpr (kGiant) once = evict_first();
+    using B = Slots<kVec>;
+    const uint32_t bias_begin = B::start(shared + warps * kSlots * C::kChunk, warp, kBiasSlots), bias_end = bias_begin + kBiasSlots * B::kChunk;
+    const Param* const own_biases = bias + int64_t(vector) * kVec;
+    const auto fill_bias = [&](int k, uint32_t at) {
+      if (bias && valid(last - vector, k)) B::fill(at, own_biases + k * kWarp * kVec);
+    };
+#pragma unroll 1
+    for (int k = 0; k < kBiasSlots; k++) {
+      if (!bias) B::clear(bias_begin + k * B::kChunk);
+      fill_bias(k, bias_begin + k * B::kChunk);
+    }
 
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     // Of the next chunk to be copied.
@@ -188,6 +214,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     auto sum_row = own.at(0);
     int sum_limit = 0;
     OwnSums<kVec> sums;
+    // Asked for a row ahead.
+    Reference reference;
     Acc own_count = 0, inv_own = 0, inv_warp = 0;
     const auto count = [&]() {
       const F frame(cols, sum_row);
@@ -201,6 +229,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
       inv_warp = inverse(max(columns_of(frame, warp), 1));
     };
     count();
+    if (own.count > 0) reference.load(x + sum_row * int64_t(cols), cols);
     uint32_t sum_at = begin, out_at = begin;
     const auto add_ahead = [&](int it, int k) {
       copy_async_wait<kSlots - kLead>();
@@ -209,12 +238,11 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
         else if (k == 0) sums = {};
         advance(sum_at);
         if (k == kPer - 1) {
-          const Moments all = sums.merge(own_count, inv_own, inv_warp, remove_mean);
+          const Moments all = sums.merge(reference.get(remove_mean), own_count, inv_own, inv_warp, remove_mean);
           mail.leave(it, warp, lane < kWarp / 2 ? all.mean : all.m2);
-          if constexpr (kShifted) {
-            sum_row = own.next(sum_row);
-            if (own.starts_kind(sum_row)) count();
-          }
+          sum_row = own.next(sum_row);
+          if (it + 1 < own.count) reference.load(x + sum_row * int64_t(cols), cols);
+          if (own.starts_kind(sum_row)) count();
         }
       }
     };
@@ -226,32 +254,42 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     for (int k = 0; k < kLead % kPer; k++) add_ahead(kLead / kPer, k);
 
     auto out_row = own.at(0);
+    uint32_t bias_at = bias_begin;
     int it = 0;
 #pragma unroll 1
     do {
       const F frame(cols, out_row);
       const int limit = limit_in(frame);
-      Vec<Param, kVec> w[kPer], b[kPer];
+      Vec<Param, kVec> w[kPer], b[kBiasSlots ? 1 : kPer];
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid(limit, k));
-        b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(limit, k));
+        if constexpr (!kBiasSlots) b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(limit, k));
       }
       const int stop = own.end_of_kind(it, out_row);
 #pragma unroll 1
       for (; it < stop; it++, out_row = own.next(out_row)) {
-        X* const out = y + offset_of(frame, out_row);
+        X* out = y + offset_of(frame, out_row);
+        // Else the compiler adds k to the column and keeps kPer of them.
+        if constexpr (kGiant) asm volatile("" : "+l"(out));
         const Normalizer n = mail.wait(it);
 #pragma unroll
         for (int k = 0; k < kPer; k++) {
           const Vec<X, kVec> v = C::read(out_at);
+          Vec<Param, kVec>& own_bias = b[kBiasSlots ? 0 : k];
+          if constexpr (kBiasSlots) own_bias = B::read(bias_at);
           w[k].keep();
-          b[k].keep();
+          own_bias.keep();
           Acc f[kVec];
 #pragma unroll
-          for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + b[k][i];
+          for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + own_bias[i];
           if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k), once);
           else store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k));
+          if constexpr (kBiasSlots) {
+            fill_bias((k + kBiasSlots) % kPer, bias_at);
+            bias_at += B::kChunk;
+            if (bias_at == bias_end) bias_at = bias_begin;
+          }
           // The slot's next chunk is kSlots further on.
           fill((k + kSlots) % kPer, out_at);
           advance(out_at);
@@ -265,10 +303,10 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
   sync_owner<kOwner>();
 }
 
-#define FORWARD_RING(name, per, slots, lead, owner, comm, giant, threads)                                              \
+#define FORWARD_RING(name, per, slots, lead, owner, comm, giant, bias_slots, threads)                                  \
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
       forward_##name(FORWARD_ARGUMENTS, Pair* __restrict__ meetings /* [rows, group_blocks + 32] */, int group_blocks) { \
-    forward_ring<kWide, per, slots, lead, owner, comm, giant, kShifted>(FORWARD_PASS, meetings, group_blocks);         \
+    forward_ring<kWide, per, slots, lead, owner, comm, giant, bias_slots, kShifted>(FORWARD_PASS, meetings, group_blocks); \
   }
 #ifdef LN_SHIFTED
 constexpr bool kShifted = true;
@@ -286,12 +324,24 @@ constexpr int kCluster = 544, kGrid = 640;
 #define NAME(owner) owner##_wide
 #endif
 #define RING(owner, per, slots, lead, type, comm, threads) RING_OF(NAME(owner), per, slots, lead, type, comm, threads)
-#define RING_OF(name, per, slots, lead, type, comm, threads) FORWARD_RING(name, per, slots, lead, type, comm, false, threads)
+#define RING_OF(name, per, slots, lead, type, comm, threads) FORWARD_RING(name, per, slots, lead, type, comm, false, 0, threads)
 
-#if LN_X_BYTES == 2 && LN_PARAM_BYTES == 2 && !defined(LN_SHIFTED)
-FORWARD_RING(giant_wide, 9, 28, 18, Owner::Grid, 1, true, 480)
+#ifndef LN_SHIFTED
+#if LN_X_BYTES == 2 && LN_PARAM_BYTES == 2
+FORWARD_RING(giant_wide, 12, 40, 28, Owner::Grid, 1, true, 0, 384)
+#elif LN_X_BYTES == 2
+FORWARD_RING(giant_wide, 12, 30, 26, Owner::Grid, 1, true, 5, 384)
+#elif LN_X_BYTES == 4
+FORWARD_RING(giant_wide, 23, 36, 33, Owner::Grid, 1, true, 4, 384)
+#endif
 #endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !(LN_X_BYTES == 4 && !defined(LN_SHIFTED))
 RING(cluster, 4, 20, 8, Owner::Cluster, 1, kCluster)
+#endif
+// Registers for 12 vectors, and their weight and bias, a thread.
+#if LN_X_BYTES == LN_PARAM_BYTES && LN_X_BYTES < 8 && !defined(LN_SHIFTED)
+RING(long_cluster, 12, 36, 24, Owner::Cluster, 1, 384)
+#endif
 #endif
 RING(grid, 4, 24, 16, Owner::Grid, 4, kGrid)

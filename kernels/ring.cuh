@@ -21,9 +21,6 @@ constexpr int kTold = 8, kToldStride = 4;
 // Pairs of a row's place in global memory, where `blocks` meet.
 __device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold * kToldStride; }
 
-// Rows in the ring of a persistent warp, by the bytes of a row that a lane holds. plan.rs sizes shared memory by the same.
-template <int kLaneBytes> constexpr int kWarpRing = kLaneBytes >= 128 ? 3 : 4;
-
 // A row as whole vectors of memory, which compute warps hold. Where rows do not start on 16 bytes but their tensor does, less than kVec of
 // its columns come before them, and less than twice as many behind: `outer`, which lanes of one warp hold, one each. kVec - 1 of those behind, as
 // load_skewed_if reads them.
@@ -170,6 +167,10 @@ template <Owner kOwner> __device__ __forceinline__ Group group_of(int blocks) {
   return {rank, blocks, int(blockIdx.x / blocks), int(gridDim.x / blocks)};
 }
 
+// Lets no thread of the block pass before all have come, of compute and communication warps by copies of the code, where the compiler
+// made two of what is behind both: bar.sync, which __syncthreads is, asks for one.
+__device__ __forceinline__ void block_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 // Lets no communication warp of the block pass before all kWarps have come.
 template <int kWarps> __device__ __forceinline__ void communication_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWarps * kWarp) : "memory"); }
 
@@ -226,14 +227,59 @@ template <int kVec, int kTensors> struct Chunks {
   }
 };
 
+// A lane's own slots for vectors of weight or bias that L2 keeps, because every row takes them anew: 16 bytes of each lane side by side.
+template <int kVec> struct Slots {
+  static constexpr int kBytes = kVec * sizeof(Param), kPart = kWarp * 16, kChunk = kWarp * kBytes;
+  using V = Vec<Param, kVec>;
+
+  __device__ __forceinline__ static uint32_t start(const unsigned char* slots, int warp, int each) {
+    return shared_address(slots) + warp * each * kChunk + threadIdx.x % kWarp * 16;
+  }
+  __device__ __forceinline__ static V read(uint32_t at) {
+    V r;
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; i++) reinterpret_cast<uint4*>(&r)[i] = load_shared<uint4>(at + i * kPart);
+    return r;
+  }
+  __device__ __forceinline__ static void clear(uint32_t at) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; i++) store_shared(at + i * kPart, uint4{0, 0, 0, 0}, true);
+  }
+  __device__ __forceinline__ static void fill(uint32_t at, const Param* from) {
+    const uint64_t stays = evict_last();
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; i++) {
+      const uint4* const part = reinterpret_cast<const uint4*>(from) + i;
+      // Of vectors of more than 16 bytes, a copy takes half of each sector: L1 has the other half for the next.
+      if constexpr (kBytes > 16) copy_async16_by_l1(at + i * kPart, part, stays);
+      else copy_async16(at, part, stays);
+    }
+  }
+};
+
+// A row's first values, a lane each, of which the median is the row's reference: all who hold a part of the row know it, and give the means of
+// their parts relative to it. Two means, each rounded, would be too coarse for the distance between them where mean >> std.
+struct Reference {
+  // Not widened before it is used: that would wait for it.
+  X value = X(0.f);
+  __device__ __forceinline__ void load(const X* row, int cols) {
+    const int lane = threadIdx.x % kWarp;
+    if (lane < min(3, cols)) value = __ldg(row + lane);
+  }
+  __device__ __forceinline__ Acc get(bool remove_mean) const {
+    const Acc v = widen(value), m = median(__shfl_sync(kFull, v, 0), __shfl_sync(kFull, v, 1), __shfl_sync(kFull, v, 2));
+    return remove_mean ? m : Acc(0);
+  }
+};
+
 // The sums of a thread's part of a row about one of its first values, in one pass, and exactly where mean >> std.
 template <int kVec> struct OwnSums {
   Acc center = 0;
   Pair sums = {0, 0};
 
-  // Of the values that sums start with, one that is no outlier unless two are: all others' deviations from it would cancel.
+  // Of the values that sums start with: all others' deviations from an outlier would cancel.
   __device__ __forceinline__ static Acc center_of(const Vec<X, kVec>& v) {
-    if constexpr (kVec > 2) return max(min(v[0], v[1]), min(max(v[0], v[1]), v[2]));
+    if constexpr (kVec > 2) return median(v[0], v[1], v[2]);
     else return v[0];
   }
 
@@ -248,14 +294,14 @@ template <int kVec> struct OwnSums {
       sums.b += d * d;
     }
   }
-  // The warp's mean and m2, from the sums of its threads, of `count` values.
-  __device__ __forceinline__ Moments merge(Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
+  // The warp's mean, relative to `reference`, and m2, from the sums of its threads, of `count` values.
+  __device__ __forceinline__ Moments merge(Acc reference, Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
     const Pair own = about_center(sums, inv_count, remove_mean);
     // A mean, not a value: rounding costs a share of how far it is from the warp's.
     const Acc warp_center = __shfl_sync(kFull, center + own.a, 0);
     const Pair pieces[1] = {{center - warp_center + own.a, own.b}};
     const Acc counts[1] = {count};
-    return merge_moments(warp_center, pieces, counts, inv_warp);
+    return merge_moments(warp_center - reference, pieces, counts, inv_warp);
   }
 };
 
@@ -370,6 +416,13 @@ template <int kSets, typename Result> struct Mail {
   static constexpr uint32_t kPart = offsetof(Box, part), kBlock = offsetof(Box, block), kResult = offsetof(Box, result),
                             kPartFull = offsetof(Box, part_full), kBlockFull = offsetof(Box, block_full),
                             kResultFull = offsetof(Box, result_full);
+  // Of a warp's lanes, who arrives: one for all, behind a __syncwarp, because arrivals of one barrier are served one after another. racecheck
+  // does not follow that, and gets kernels in which all do.
+#ifdef LN_RACECHECK
+  static constexpr bool kAllArrive = true;
+#else
+  static constexpr bool kAllArrive = false;
+#endif
   uint32_t box;
 
   __device__ __forceinline__ explicit Mail(Box& b) : box(shared_address(&b)) { asm volatile("" : "+r"(box)); }
@@ -379,9 +432,9 @@ template <int kSets, typename Result> struct Mail {
   // By one thread; the block, or the cluster, synchronises after it.
   __device__ __forceinline__ void init(int warps) const {
     for (uint32_t s = 0; s < kSets; s++) {
-      barrier_init(box + kPartFull + 8 * s, 2 * warps);
+      barrier_init(box + kPartFull + 8 * s, (kAllArrive ? kWarp : 2) * warps);
       barrier_init(box + kBlockFull + 8 * s, 1);
-      barrier_init(box + kResultFull + 8 * s, 1);
+      barrier_init(box + kResultFull + 8 * s, kAllArrive ? kWarp : 1);
     }
     barrier_init_fence();
   }
@@ -393,7 +446,7 @@ template <int kSets, typename Result> struct Mail {
     store_shared(box + kPart + (set(i) * kMaxWarps + warp) * sizeof(Pair) + (lane ? sizeof(Acc) : 0), half, leaves);
     // What the warp's other lanes read of this set's last use is read by now.
     __syncwarp();
-    barrier_arrive(box + kPartFull + 8 * set(i), leaves);
+    barrier_arrive(box + kPartFull + 8 * set(i), kAllArrive || leaves);
   }
   __device__ __forceinline__ Result wait(int i) const {
     barrier_wait(box + kResultFull + 8 * set(i), phase(i));
@@ -411,7 +464,7 @@ template <int kSets, typename Result> struct Mail {
     const bool delivers = threadIdx.x % kWarp == 0;
     __syncwarp();
     store_shared(box + kResult + set(i) * sizeof(Result), r, delivers);
-    barrier_arrive(box + kResultFull + 8 * set(i), delivers);
+    barrier_arrive(box + kResultFull + 8 * set(i), kAllArrive || delivers);
   }
 
   // The row's pair: `merge` of the pairs of its blocks, of which lane l has those of blocks l, l + 32, ... All blocks get the same

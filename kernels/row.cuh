@@ -54,6 +54,9 @@ struct alignas(sizeof(Acc) * 2) Normalizer {
   __device__ __forceinline__ Acc xhat(Acc x) const { return (x - mean) * rstd; }
 };
 
+// A value that is no outlier unless two of three are.
+__device__ __forceinline__ Acc median(Acc a, Acc b, Acc c) { return max(min(a, b), min(max(a, b), c)); }
+
 // kPer vectors of a row, a thread's own; those past the row are zero, and no sum counts them. No branches: they would keep loads and
 // arithmetic of different vectors apart.
 template <int kVec, int kPer> struct Slice {
@@ -169,7 +172,8 @@ template <int kVec, int kPer> struct Columns {
     for (int i = 0; i < kVec; i++) dweight[k][i] = dbias[k][i] = 0;
   }
   // Adds vector k of a row to the sums over rows, and its part of the row's own sums to `sums`.
-  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Acc weight_offset, Pair& sums) {
+  template <typename Offset>
+  __device__ __forceinline__ void add(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Normalizer& row, Offset weight_offset, Pair& sums) {
     weight[k].keep();
     // Two short chains of additions for one long one, where registers allow.
     constexpr bool kSplit = sizeof(X) == 2;
@@ -184,12 +188,14 @@ template <int kVec, int kPer> struct Columns {
     }
     sums = kSplit ? sums + s : s;
   }
-  __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Acc weight_offset, Acc (&f)[kVec]) {
+  template <typename Offset>
+  __device__ __forceinline__ void gradient(int k, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s, Offset weight_offset, Acc (&f)[kVec]) {
     weight[k].keep();
     gradient_of(weight[k], x, dy, s, weight_offset, f);
   }
+  template <typename Offset>
   __device__ __forceinline__ static void gradient_of(const Vec<Param, kVec>& weight, const Vec<X, kVec>& x, const Vec<X, kVec>& dy, const Scales& s,
-                                                     Acc weight_offset, Acc (&f)[kVec]) {
+                                                     Offset weight_offset, Acc (&f)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; i++) f[i] = s.dx(x[i], dy[i], weight_of(weight[i], weight_offset));
   }

@@ -3,8 +3,8 @@
 // Computes      as forward.cu and backward.cu.
 // Algorithm     A thread owns columns, kPer vectors apart by the grid's width, in kRows rows at once: weight and bias are loaded once
 //               for them, and dweight and dbias of these rows are finished where they are summed.
-//               Forward: `split_moments` keeps (mean, m2) of each row in registers and merges them over the block (Chan);
-//               `split_normalize` merges the blocks' and writes y.
+//               Forward: `split_moments` keeps (mean, m2) of each row, less one of its first values, in registers and merges them over
+//               the block (Chan); `split_normalize` merges the blocks' and writes y.
 //               Backward: `split_sums` keeps both sums of each row; `split_gradients` adds up the blocks' and writes dx.
 //               The second launch walks backward: what the first read last is still in L2.
 // Bytes moved   Forward 3 * rows * cols * sizeof(X), backward 5 *, less what L2 holds.
@@ -36,12 +36,22 @@ __device__ __forceinline__ int last_of(const Piece& p) {
   return p.first < p.vectors ? p.first + (p.vectors - 1 - p.first) / p.step * p.step : -1;
 }
 
+// What the moments of a row's parts are relative to, one of its first values: see Reference of ring.cuh.
+__device__ __forceinline__ Acc reference_of(const X* row, int cols, bool remove_mean) {
+  if (!remove_mean) return 0;
+  const Acc first = widen(row[0]);
+  return cols < 3 ? first : median(first, widen(row[1]), widen(row[2]));
+}
+
 template <int kVec>
 __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t rows, int cols, int remove_mean) {
   __shared__ Pair warps[kRows][kWarps];
   __shared__ Acc counts[kWarps];
+  __shared__ Acc references[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
   x += p.row * cols;
+  if (threadIdx.x < kRows) references[threadIdx.x] = int(threadIdx.x) < p.rows ? reference_of(x + int64_t(threadIdx.x) * cols, cols, remove_mean) : Acc(0);
+  __syncthreads();
   Moments row[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) row[r] = {0, 0};
@@ -59,15 +69,18 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
       for (int r = 0; r < kBatch; r++) xs[r] = load_vec<X, kVec>(x + int64_t(first + r) * cols + v * kVec, first + r < p.rows);
 #pragma unroll
       for (int r = 0; r < kBatch; r++) {
-        Acc mean = 0, m2 = 0;
+        const Acc reference = references[first + r];
+        Acc f[kVec], mean = 0, m2 = 0;
+#pragma unroll
+        for (int i = 0; i < kVec; i++) f[i] = xs[r][i] - reference;
         if (remove_mean) {
 #pragma unroll
-          for (int i = 0; i < kVec; i++) mean += xs[r][i];
+          for (int i = 0; i < kVec; i++) mean += f[i];
           mean *= Acc(1) / kVec;
         }
 #pragma unroll
         for (int i = 0; i < kVec; i++) {
-          const Acc d = xs[r][i] - mean;
+          const Acc d = f[i] - mean;
           m2 += d * d;
         }
         Moments& m = row[first + r];
@@ -98,7 +111,7 @@ __device__ __forceinline__ void split_moments(Pair* part, const X* x, int64_t ro
 
 template <int kVec>
 __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, const Pair* part, const X* x, const Param* weight,
-                                                const Param* bias, int64_t rows, int cols, Acc eps, Acc weight_offset) {
+                                                const Param* bias, int64_t rows, int cols, Acc eps, int remove_mean, Acc weight_offset) {
   __shared__ Normalizer normalizers[kRows];
   const Piece p = piece_of<kVec>(rows, cols);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.y;
@@ -110,15 +123,15 @@ __device__ __forceinline__ void split_normalize(X* y, Acc* mean, Acc* rstd, cons
   const Acc inv_cols = Acc(1) / cols;
   for (int r = warp; r < p.rows; r += kWarps) {
     const Pair* const parts = part + (p.row + r) * blocks;
-    // About the first block's mean, so that mean >> std loses nothing.
     const Acc center = parts[0].a;
     Acc rest = 0, m2 = 0;
     for (int b = lane; b < blocks; b += kWarp) rest += (parts[b].a - center) * columns_of(b);
-    const Acc row_mean = center + warp_sum(rest) * inv_cols;
+    rest = warp_sum(rest) * inv_cols;
     for (int b = lane; b < blocks; b += kWarp) {
-      const Acc d = parts[b].a - row_mean;
+      const Acc d = parts[b].a - center - rest;
       m2 += parts[b].b + d * d * columns_of(b);
     }
+    const Acc row_mean = reference_of(x + (p.row + r) * cols, cols, remove_mean) + (center + rest);
     const Acc row_rstd = rsqrt_acc(warp_sum(m2) * inv_cols + eps);
     if (lane == 0) {
       normalizers[r] = Normalizer{row_mean, row_rstd};
@@ -256,8 +269,8 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
                              Acc* __restrict__ rstd /* [rows] */, const Pair* __restrict__ part /* [rows, blocks] */,  \
                              const X* __restrict__ x /* [rows, cols] */, const Param* __restrict__ weight /* [cols] */, \
                              const Param* __restrict__ bias /* [cols] */, int64_t rows, int cols, Acc eps,             \
-                             Acc weight_offset) {                                                                      \
-    split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps, weight_offset);                                       \
+                             int remove_mean, Acc weight_offset) {                                                     \
+    split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps, remove_mean, weight_offset);           \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
       split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \

@@ -129,16 +129,20 @@ struct Kernel {
     rows: usize,
     /// Vectors of each tensor that a thread has in the ring.
     slots: usize,
+    /// Vectors of bias that a thread has in slots beside the ring, for which registers are too few.
+    bias_slots: usize,
     /// Warps that communicate beside those of a team or block that compute.
     communicating: usize,
-    /// Warps of a block that compute, at most: by base 80 and 90.
+    /// Warps of a block that compute, at most: by base 80 and 90. Of a team, where a block has several.
     most_warps: [usize; 2],
+    /// Warps of its largest block of several teams, those that communicate too.
+    team_warps: usize,
     /// Blocks that the registers of a multiprocessor hold.
     resident: usize,
     /// Bytes of an element of weight and bias for which it exists.
     param_sizes: &'static [usize],
-    /// Bytes of x for which it is meant, at most.
-    most_bytes: usize,
+    /// Blocks of a cluster for which it is meant, at most.
+    most_blocks: usize,
 }
 
 /// The fields that most kernels share.
@@ -153,11 +157,13 @@ const KERNEL: Kernel = Kernel {
     per_thread: 1,
     rows: 1,
     slots: 0,
+    bias_slots: 0,
     communicating: 0,
     most_warps: [16, 16],
+    team_warps: 0,
     resident: 1,
     param_sizes: &[2, 4, 8],
-    most_bytes: usize::MAX,
+    most_blocks: usize::MAX,
 };
 
 /// The file of a kernel of forward.cu.
@@ -237,14 +243,13 @@ const fn ring(
     }
 }
 
-/// A persistent warp kernel, with a ring of 4 rows, of 3 where a lane holds 128 bytes of each: kWarpRing of ring.cuh.
+/// A persistent warp kernel: lanes of a row, vectors of it that each holds, and rows in the ring; warps of a block, and blocks that registers hold.
 const fn backward_warp(
     entry: &'static str,
     access: Access,
     sizes: &'static [usize],
-    lanes: usize,
-    per_thread: usize,
-    resident: usize,
+    [lanes, per_thread, ring]: [usize; 3],
+    [warps, resident]: [usize; 2],
 ) -> Kernel {
     Kernel {
         file: match access {
@@ -257,11 +262,8 @@ const fn backward_warp(
         sizes,
         lanes,
         per_thread,
-        slots: match access {
-            Access::Wide | Access::Shifted if per_thread >= 8 => 3,
-            _ => 4,
-        } * per_thread,
-        most_warps: [8, 8],
+        slots: ring * per_thread,
+        most_warps: [warps, warps],
         resident,
         ..KERNEL
     }
@@ -288,9 +290,6 @@ const fn adds(file: &'static str, kernel: Kernel) -> Kernel {
     Kernel { file, ..kernel }
 }
 
-/// Bytes of x to which a call is over in a wave of blocks: what counts is how soon the first bytes arrive, and how little code does.
-const ONE_WAVE: usize = 4 << 20;
-
 /// Kernels of the forward pass, in the order in which a plan tries them. Shares of the roofline on an H200 beside each.
 #[rustfmt::skip]
 const FORWARD: &[Kernel] = &[
@@ -308,8 +307,6 @@ const FORWARD: &[Kernel] = &[
     // for 31.3 and 71.9.
     forward_block("forward_block_wide_4x1", Access::Wide, &[2], 4, 1, [8, 8]),
     forward_block("forward_block_twice_4x1", Access::Wide, &[2], 4, 1, [32, 16]),
-    // 512 x 768 of f32: 5.8 us, with 4 vectors 6.2.
-    Kernel { most_bytes: ONE_WAVE, ..forward_block("forward_block_wide_2x1", Access::Wide, &[4], 2, 1, [16, 16]) },
     // f32 at 768, 1024, 2048, 4096 columns: x in registers 52.2, 67.9, 67.7, 134.0 us, loaded three times 52.4, 69.4, 69.2, 131.5.
     forward_block("forward_block_wide_4x1", Access::Wide, &[4], 4, 1, [4, 4]),
     forward_block("forward_block_thrice_4x1", Access::Wide, &[4], 4, 1, [8, 8]),
@@ -349,12 +346,19 @@ const FORWARD: &[Kernel] = &[
     forward_warp("forward_warp_single_32x16x1", Access::Single, &[2, 4], 32, 16, 1),
     forward_block("forward_block_single_16x1", Access::Single, &[2, 4], 16, 1, [16, 16]),
     forward_block("forward_block_single_8x1", Access::Single, &[8], 8, 1, [16, 16]),
-    // bf16 at 131072 columns: 93%, in a grid 84%.
-    ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2, 4, 8], [4, 20, 1], [16, 16]),
+    // bf16 at 65536, 131072 columns: 92.7%, 93.5%, with 12 vectors a thread 90.4%, 92.5%; at 262144 91.1% and 93.8%.
+    Kernel { most_blocks: 8, ..ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
+    ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[8], [4, 20, 1], [16, 16]),
+    // f32 at 32768, 65536, 131072, 262144 columns: 94%, 97%, 97%, 96%, with 4 vectors a thread of 16 warps 92%, 96%, 93%, and a grid 91%.
+    Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[4], [12, 36, 1], [11, 11]) },
+    Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[2], [12, 36, 1], [11, 11]) },
+    Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
     // 128 x 1048576: 89% in bf16, 88% in f32; with a lead of 12 chunks for 16 86% and 84%, with 2 warps that communicate 83%.
     ring("forward_ring", "forward_grid_wide", Regime::Grid, &[2, 4, 8], [4, 24, 4], [16, 16]),
-    // 16 x 4194304 in bf16: 73%, split 51%.
-    Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [9, 28, 1], [14, 14]) },
+    // 16 x 4194304: bf16 83%, with 28 slots and a lead of 18 chunks 79%, split 59%; f32 81%, split 60%.
+    Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 40, 1], [11, 11]) },
+    Kernel { param_sizes: &[4], bias_slots: 5, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 30, 1], [11, 11]) },
+    Kernel { bias_slots: 4, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[4], [23, 36, 1], [11, 11]) },
     split("split", "split_moments_wide", "split_normalize_wide", Access::Wide),
     split("split_single", "split_moments_single", "split_normalize_single", Access::Single),
 ];
@@ -362,44 +366,54 @@ const FORWARD: &[Kernel] = &[
 /// Kernels of the backward pass, in the order in which a plan tries them.
 #[rustfmt::skip]
 const BACKWARD: &[Kernel] = &[
-    // bf16: 82% at 256 columns, 89% at 512, 85% at 768, 87% at 1024; f32: 91%, 90%, 92%, 92%.
-    backward_warp("backward_warp_wide_8x2", Access::Wide, &[2], 8, 2, 2),
-    backward_warp("backward_warp_wide_16x2", Access::Wide, &[2], 16, 2, 2),
-    backward_warp("backward_warp_wide_32x2", Access::Wide, &[2], 32, 2, 2),
-    backward_warp("backward_warp_wide_32x3", Access::Wide, &[2], 32, 3, 1),
-    backward_warp("backward_warp_wide_32x4", Access::Wide, &[2], 32, 4, 1),
-    backward_warp("backward_warp_wide_8x4", Access::Wide, &[4, 8], 8, 4, 1),
-    backward_warp("backward_warp_wide_16x4", Access::Wide, &[4], 16, 4, 1),
-    backward_warp("backward_warp_wide_32x4", Access::Wide, &[4, 8], 32, 4, 1),
-    backward_warp("backward_warp_wide_32x6", Access::Wide, &[4], 32, 6, 1),
-    backward_warp("backward_warp_wide_32x8", Access::Wide, &[4], 32, 8, 1),
-    backward_warp("backward_warp_single_8x8", Access::Single, &[2, 4, 8], 8, 8, 1),
-    backward_warp("backward_warp_single_32x4", Access::Single, &[2, 4, 8], 32, 4, 1),
-    backward_warp("backward_warp_shifted_32x2", Access::Shifted, &[2], 32, 2, 2),
-    backward_warp("backward_warp_shifted_32x3", Access::Shifted, &[2], 32, 3, 1),
-    backward_warp("backward_warp_shifted_32x4", Access::Shifted, &[2, 4, 8], 32, 4, 1),
-    backward_warp("backward_warp_shifted_32x6", Access::Shifted, &[4], 32, 6, 1),
-    backward_warp("backward_warp_shifted_32x8", Access::Shifted, &[4], 32, 8, 1),
-    ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[2], [2, 6, 1], [16, 16]),
-    ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[4], [2, 8, 1], [16, 16]),
-    ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[8], [4, 12, 1], [11, 11]),
+    // bf16: 83% at 256 and 512 columns, with 4 rows in the ring 81% and 82%; 768 86%, with 8 warps 83%; 1024 88%.
+    backward_warp("backward_warp_wide_8x2", Access::Wide, &[2], [8, 2, 2], [8, 2]),
+    backward_warp("backward_warp_wide_16x2", Access::Wide, &[2], [16, 2, 2], [8, 2]),
+    backward_warp("backward_warp_wide_32x2", Access::Wide, &[2], [32, 2, 2], [8, 2]),
+    backward_warp("backward_warp_wide_32x3", Access::Wide, &[2], [32, 3, 3], [12, 1]),
+    backward_warp("backward_warp_wide_32x4", Access::Wide, &[2], [32, 4, 3], [8, 1]),
+    // f32: 91% at 256 and 512 columns, with a block a multiprocessor 90%; 768 93%, with 8 warps 92%; 1024 92%.
+    backward_warp("backward_warp_wide_8x4", Access::Wide, &[4], [8, 4, 3], [8, 2]),
+    backward_warp("backward_warp_wide_16x4", Access::Wide, &[4], [16, 4, 3], [8, 2]),
+    backward_warp("backward_warp_wide_32x4", Access::Wide, &[4], [32, 4, 3], [8, 2]),
+    backward_warp("backward_warp_wide_32x6", Access::Wide, &[4], [32, 6, 3], [12, 1]),
+    backward_warp("backward_warp_wide_32x8", Access::Wide, &[4], [32, 8, 3], [8, 1]),
+    backward_warp("backward_warp_wide_8x4", Access::Wide, &[8], [8, 4, 4], [8, 1]),
+    backward_warp("backward_warp_wide_32x4", Access::Wide, &[8], [32, 4, 4], [8, 1]),
+    backward_warp("backward_warp_single_8x8", Access::Single, &[2, 4, 8], [8, 8, 4], [8, 1]),
+    backward_warp("backward_warp_single_32x4", Access::Single, &[2, 4, 8], [32, 4, 4], [8, 1]),
+    backward_warp("backward_warp_shifted_32x2", Access::Shifted, &[2], [32, 2, 3], [8, 2]),
+    backward_warp("backward_warp_shifted_32x3", Access::Shifted, &[2], [32, 3, 3], [12, 1]),
+    backward_warp("backward_warp_shifted_32x4", Access::Shifted, &[2, 4], [32, 4, 3], [8, 1]),
+    backward_warp("backward_warp_shifted_32x4", Access::Shifted, &[8], [32, 4, 4], [8, 1]),
+    backward_warp("backward_warp_shifted_32x6", Access::Shifted, &[4], [32, 6, 3], [8, 1]),
+    backward_warp("backward_warp_shifted_32x8", Access::Shifted, &[4], [32, 8, 3], [8, 1]),
+    Kernel { team_warps: 20, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[2], [2, 6, 1], [16, 16]) },
+    Kernel { team_warps: 20, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[4], [2, 8, 1], [16, 16]) },
+    Kernel { team_warps: 12, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[8], [4, 12, 1], [11, 11]) },
     ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[2], [2, 12, 1], [15, 15]),
-    ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[4], [2, 12, 1], [16, 16]),
+    ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[4], [4, 16, 1], [11, 11]),
     ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[8], [4, 12, 1], [11, 11]),
     ring("backward_ring_shifted", "backward_grid_shifted", Regime::Grid, &[2], [2, 12, 4], [12, 16]),
     ring("backward_ring_shifted", "backward_grid_shifted", Regime::Grid, &[4], [4, 12, 4], [8, 16]),
     ring("backward_ring_shifted", "backward_grid_shifted", Regime::Grid, &[8], [4, 12, 4], [8, 8]),
-    backward_warp("backward_warp_single_32x8", Access::Single, &[2, 4, 8], 32, 8, 1),
-    backward_warp("backward_warp_single_32x16", Access::Single, &[2, 4], 32, 16, 1),
-    // bf16 at 2048 columns: 88% in 4 teams a block, 84% in 4 blocks, whose partial sums are 4 times as many.
-    ring("backward_ring", "backward_block_wide", Regime::Block, &[2], [2, 6, 1], [16, 16]),
+    backward_warp("backward_warp_single_32x8", Access::Single, &[2, 4, 8], [32, 8, 4], [8, 1]),
+    backward_warp("backward_warp_single_32x16", Access::Single, &[2, 4], [32, 16, 4], [8, 1]),
+    // bf16 at 2048 columns: 88% in 4 teams a block, 84% in 4 blocks, whose partial sums are 4 times as many. At 7168 and 8192 columns 89.3% and
+    // 88.3%, with 3 vectors a thread 89.2% and 90.0%.
+    Kernel { team_warps: 20, ..ring("backward_ring", "backward_block_wide", Regime::Block, &[2], [2, 6, 1], [14, 14]) },
+    Kernel { team_warps: 12, ..ring("backward_ring", "backward_long_block_wide", Regime::Block, &[2], [3, 12, 1], [11, 11]) },
     // f32 at 4096 columns: 93%, with 4 vectors 92%.
-    ring("backward_ring", "backward_block_wide", Regime::Block, &[4], [2, 8, 1], [16, 16]),
-    ring("backward_ring", "backward_block_wide", Regime::Block, &[8], [4, 12, 1], [12, 12]),
-    // bf16 at 32768 columns: 86%, in a grid 82%. f32: 91%, in a grid 89%.
-    ring("backward_ring", "backward_cluster_wide", Regime::Cluster, &[2, 4], [2, 12, 1], [16, 16]),
+    Kernel { team_warps: 20, ..ring("backward_ring", "backward_block_wide", Regime::Block, &[4], [2, 8, 1], [16, 16]) },
+    Kernel { team_warps: 13, ..ring("backward_ring", "backward_block_wide", Regime::Block, &[8], [4, 12, 1], [12, 12]) },
+    // bf16 at 16384, 32768, 65536, 131072 columns: 88%, 88%, 88%, 87%, with 2 vectors a thread of 16 warps 85%, 83%, 86%, 83%; f32 at 8192, 16384, 32768
+    // columns: 93%, 93%, 93%, with 2 vectors of 16 warps 91%, 89%, 93%.
+    ring("backward_ring", "backward_cluster_wide", Regime::Cluster, &[2], [3, 12, 1], [11, 11]),
+    Kernel { most_blocks: 8, ..ring("backward_ring", "backward_cluster_wide", Regime::Cluster, &[4], [4, 16, 1], [11, 11]) },
+    // f32 at 65536 and 131072 columns: 93%, 92%, in 16 blocks of 4 vectors a thread 92%, in a grid 90%.
+    ring("backward_ring", "backward_long_cluster_wide", Regime::Cluster, &[4], [6, 18, 1], [11, 11]),
     ring("backward_ring", "backward_cluster_wide", Regime::Cluster, &[8], [4, 12, 1], [12, 12]),
-    // 128 x 1048576: 76% in bf16, 82% in f32; with 2 warps that communicate 63% and 80%.
+    // 128 x 1048576: 79% in bf16, 85% in f32; with 2 warps that communicate 59% and 81%.
     ring("backward_ring", "backward_grid_wide", Regime::Grid, &[2], [2, 12, 4], [16, 16]),
     ring("backward_ring", "backward_grid_wide", Regime::Grid, &[4], [4, 12, 4], [8, 16]),
     ring("backward_ring", "backward_grid_wide", Regime::Grid, &[8], [4, 12, 4], [8, 8]),
@@ -423,19 +437,22 @@ const FORWARD_ADD: &[Kernel] = &[
 /// Kernels of the backward pass that take the gradient of the sum with a residual.
 #[rustfmt::skip]
 const BACKWARD_ADD: &[Kernel] = &[
-    adds("backward_add", backward_warp("backward_warp_add_8x2", Access::Wide, &[2], 8, 2, 2)),
-    adds("backward_add", backward_warp("backward_warp_add_16x2", Access::Wide, &[2], 16, 2, 2)),
-    adds("backward_add", backward_warp("backward_warp_add_32x2", Access::Wide, &[2], 32, 2, 2)),
-    adds("backward_add", backward_warp("backward_warp_add_32x3", Access::Wide, &[2], 32, 3, 1)),
-    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[2], 32, 4, 1)),
-    adds("backward_add", backward_warp("backward_warp_add_8x4", Access::Wide, &[4, 8], 8, 4, 1)),
-    adds("backward_add", backward_warp("backward_warp_add_16x4", Access::Wide, &[4], 16, 4, 1)),
-    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[4, 8], 32, 4, 1)),
-    adds("backward_add", backward_warp("backward_warp_add_32x6", Access::Wide, &[4], 32, 6, 1)),
-    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[2], [2, 6, 1], [16, 16])),
-    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[4], [2, 8, 1], [16, 16])),
-    adds("backward_ring_add", ring("backward_ring", "backward_block_add", Regime::Block, &[8], [4, 12, 1], [12, 12])),
-    adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[2, 4], [2, 12, 1], [16, 16])),
+    adds("backward_add", backward_warp("backward_warp_add_8x2", Access::Wide, &[2], [8, 2, 2], [8, 2])),
+    adds("backward_add", backward_warp("backward_warp_add_16x2", Access::Wide, &[2], [16, 2, 2], [8, 2])),
+    adds("backward_add", backward_warp("backward_warp_add_32x2", Access::Wide, &[2], [32, 2, 2], [8, 2])),
+    adds("backward_add", backward_warp("backward_warp_add_32x3", Access::Wide, &[2], [32, 3, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[2], [32, 4, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_8x4", Access::Wide, &[4], [8, 4, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_16x4", Access::Wide, &[4], [16, 4, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[4], [32, 4, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_32x6", Access::Wide, &[4], [32, 6, 3], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_8x4", Access::Wide, &[8], [8, 4, 4], [8, 1])),
+    adds("backward_add", backward_warp("backward_warp_add_32x4", Access::Wide, &[8], [32, 4, 4], [8, 1])),
+    adds("backward_ring_add", Kernel { team_warps: 20, ..ring("backward_ring", "backward_block_add", Regime::Block, &[2], [2, 6, 1], [16, 16]) }),
+    adds("backward_ring_add", Kernel { team_warps: 20, ..ring("backward_ring", "backward_block_add", Regime::Block, &[4], [2, 8, 1], [16, 16]) }),
+    adds("backward_ring_add", Kernel { team_warps: 13, ..ring("backward_ring", "backward_block_add", Regime::Block, &[8], [4, 12, 1], [12, 12]) }),
+    adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[2], [3, 12, 1], [11, 11])),
+    adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[4], [4, 16, 1], [11, 11])),
     adds("backward_ring_add", ring("backward_ring", "backward_cluster_add", Regime::Cluster, &[8], [4, 12, 1], [12, 12])),
 ];
 
@@ -527,8 +544,7 @@ impl Launch {
     }
 }
 
-/// What a ring's kernel uses of shared memory besides the ring, at most, and what the driver reserves of each block's.
-const STATIC_SHARED: usize = 10 * 1024;
+/// What the driver reserves of each block's shared memory.
 const RESERVED_SHARED: usize = 1024;
 /// kMaxGroup, kTold * kToldStride of ring.cuh.
 const MAX_GROUP: usize = 160;
@@ -536,10 +552,14 @@ const TOLD: usize = 32;
 /// kRows and kThreads of split.cu.
 const SPLIT_ROWS: usize = 16;
 const SPLIT_THREADS: usize = 256;
-/// kMaxSplits of finalize.cu.
+/// kThreads and kMaxSplits of finalize.cu.
+const FINALIZE_THREADS: usize = 256;
 const FINALIZE_SPLITS: usize = 32;
 /// kMaxTeams of backward_ring.cu.
 const MAX_TEAMS: usize = 8;
+
+/// Where rows are few, the blocks of persistent warps have so many, or as many as spread the rows over all multiprocessors.
+const FEW_WARPS: usize = 8;
 
 fn gcd(a: usize, b: usize) -> usize {
     match b {
@@ -625,7 +645,21 @@ impl<'a> Planner<'a> {
 
     /// Bytes of the ring of one warp.
     fn warp_shared(&self, kernel: &Kernel) -> usize {
-        kernel.slots * self.tensors * WARP * vector(self.problem, kernel.access) * self.size()
+        let lane = kernel.slots * self.tensors * self.size()
+            + kernel.bias_slots * self.problem.param_dtype.size_in_bytes();
+        lane * WARP * vector(self.problem, kernel.access)
+    }
+
+    /// What a ring's kernel uses of shared memory besides the ring, at most: a `MailBox`, one a team, with twice the sets in grids, where outer columns
+    /// of several communication warps come too.
+    fn static_shared(&self, kernel: &Kernel) -> usize {
+        let of_f32 = match kernel.regime {
+            Regime::Block => 9728,
+            Regime::Grid if kernel.communicating > 1 => 3584,
+            Regime::Grid => 2304,
+            _ => 1280,
+        };
+        of_f32 * acc_bytes(self.problem) / 4
     }
 
     /// Warps of a block of this kernel that compute, at most.
@@ -633,8 +667,12 @@ impl<'a> Planner<'a> {
         let by_registers = kernel.most_warps[usize::from(self.device.base >= 90)];
         match self.warp_shared(kernel) {
             0 => by_registers,
-            shared => by_registers
-                .min(self.device.shared_per_block.saturating_sub(STATIC_SHARED) / shared),
+            shared => by_registers.min(
+                self.device
+                    .shared_per_block
+                    .saturating_sub(self.static_shared(kernel))
+                    / shared,
+            ),
         }
     }
 
@@ -661,7 +699,18 @@ impl<'a> Planner<'a> {
             Regime::Warp
                 if self.vectors(kernel) <= kernel.lanes * kernel.per_thread && most > 0 =>
             {
-                choice(most, 1)
+                // 512 x 768 in bf16: 8 warps a block 7.9 us, 12 warps 8.9.
+                let each = self
+                    .problem
+                    .rows
+                    .div_ceil(WARP / kernel.lanes)
+                    .div_ceil(self.device.multiprocessors);
+                let warps = if kernel.slots > 0 {
+                    each.max(FEW_WARPS).min(most)
+                } else {
+                    most
+                };
+                choice(warps, 1)
             }
             Regime::Warp => None,
             Regime::Block => {
@@ -671,7 +720,7 @@ impl<'a> Planner<'a> {
             }
             Regime::Cluster => [2, 4, 8, 16]
                 .into_iter()
-                .filter(|&blocks| blocks <= self.device.max_cluster)
+                .filter(|&blocks| blocks <= self.device.max_cluster.min(kernel.most_blocks))
                 .map(|blocks| (self.warps_for(kernel, blocks), blocks))
                 .find(|&(warps, blocks)| {
                     warps <= most && self.owners(kernel, warps, blocks, 1).is_some()
@@ -710,13 +759,7 @@ impl<'a> Planner<'a> {
 
     /// The first kernel that holds the row.
     fn first(&self) -> Option<(&'static Kernel, Choice)> {
-        let bytes = self
-            .problem
-            .rows
-            .saturating_mul(self.problem.cols)
-            .saturating_mul(self.size());
-        let mut meant = self.kernels().filter(|k| bytes <= k.most_bytes);
-        meant.find_map(|k| Some((k, self.choose(k)?)))
+        self.kernels().find_map(|k| Some((k, self.choose(k)?)))
     }
 
     fn default(&self) -> Result<(&'static Kernel, Choice)> {
@@ -911,7 +954,7 @@ impl<'a> Planner<'a> {
     fn shared(&self, kernel: &Kernel, warps: usize, teams: usize) -> usize {
         let sums = match teams {
             1 => 0,
-            teams => teams * part_step(self.problem) * acc_bytes(self.problem),
+            teams => 2 * teams * part_step(self.problem) * acc_bytes(self.problem),
         };
         (teams * warps * self.warp_shared(kernel)).max(sums)
     }
@@ -925,10 +968,12 @@ impl<'a> Planner<'a> {
                 let shared = self.shared(kernel, warps, teams);
                 // Registers are dealt out to warps by fours, for the largest block.
                 let most = kernel.most_warps[usize::from(self.device.base >= 90)];
-                let most = (most + kernel.communicating).next_multiple_of(4);
+                let most = (most + kernel.communicating)
+                    .max(kernel.team_warps)
+                    .next_multiple_of(4);
                 let by_registers = most / (teams * (warps + kernel.communicating));
                 let by_shared = self.device.shared_per_multiprocessor
-                    / (shared + STATIC_SHARED + RESERVED_SHARED);
+                    / (shared + self.static_shared(kernel) + RESERVED_SHARED);
                 by_registers.min(by_shared).max(1) * clusters(self.device, blocks)
             }
         };
@@ -1021,17 +1066,14 @@ impl<'a> Planner<'a> {
 
     /// Teams of a block, each of which owns a row: as many as its threads and its shared memory hold.
     fn teams(&self, kernel: &Kernel, warps: usize) -> usize {
-        // Warps of the kernels' largest block.
-        let threads = match (kernel.access, self.size()) {
-            (Access::Shifted, 8) => 12,
-            (_, 8) => 13,
-            _ => 20,
-        };
         let each = (warps * self.warp_shared(kernel))
-            .max(part_step(self.problem) * acc_bytes(self.problem));
-        let by_shared = self.device.shared_per_block.saturating_sub(STATIC_SHARED) / each.max(1);
-        (kernel.most_warps[0] / warps)
-            .min(threads / (warps + kernel.communicating))
+            .max(2 * part_step(self.problem) * acc_bytes(self.problem));
+        let by_shared = self
+            .device
+            .shared_per_block
+            .saturating_sub(self.static_shared(kernel))
+            / each.max(1);
+        (kernel.team_warps / (warps + kernel.communicating))
             .min(by_shared)
             .clamp(1, MAX_TEAMS)
     }
@@ -1089,13 +1131,22 @@ fn finalize(
     parts: usize,
     follows: bool,
 ) -> Result<Launch> {
-    let columns = WARP * 16 / acc_bytes(problem);
+    // To four blocks a multiprocessor, and one where they are more whatever the splits.
+    let columns_of = |splits: usize| FINALIZE_THREADS / splits * 16 / acc_bytes(problem);
+    let fits =
+        |splits: usize| 2 * problem.cols.div_ceil(columns_of(splits)) <= 4 * device.multiprocessors;
+    let mut splits = parts.next_power_of_two().min(FINALIZE_SPLITS);
+    while splits > 1 && !fits(splits) {
+        splits /= 2;
+    }
+    let lanes = FINALIZE_THREADS / splits;
+    let columns = columns_of(splits);
     let launch = Launch::new(
         problem,
         "finalize",
         "finalize",
         [problem.cols.div_ceil(columns), 2],
-        [WARP, parts.min(FINALIZE_SPLITS)],
+        [lanes, splits],
     )?;
     Ok(Launch {
         early: follows && device.base >= 90,
@@ -1311,6 +1362,7 @@ mod tests {
                 lanes,
                 per_thread,
                 slots,
+                bias_slots,
                 communicating,
                 resident,
                 most_warps,
@@ -1329,11 +1381,20 @@ mod tests {
                 Regime::Cluster => "cluster",
                 _ => "grid",
             };
-            let kind = format!(
+            let long = if kernel.entry.contains("long") {
+                "long_"
+            } else {
+                ""
+            };
+            let mut kind = format!(
                 "Owner::{}{}, {communicating}, ",
                 owner[..1].to_uppercase(),
                 &owner[1..]
             );
+            if kernel.entry.contains("giant") {
+                let threads = (most_warps[1] + communicating) * WARP;
+                kind += &format!("true, {bias_slots}, {threads})");
+            }
             let (alone, together) = (most_warps[0] * WARP, most_warps[1] * WARP);
             let expected = match (kernel.file, kernel.regime) {
                 (
@@ -1358,16 +1419,17 @@ mod tests {
                     vec![format!("FORWARD_RING(giant_wide, {per_thread}, {slots}, ")]
                 }
                 ("forward_ring" | "forward_ring_shifted", _) => {
-                    vec![format!("RING({owner}, {per_thread}, {slots}, ")]
+                    vec![format!("RING({long}{owner}, {per_thread}, {slots}, ")]
                 }
                 ("backward" | "backward_single" | "backward_add" | "backward_shifted", _) => {
+                    let (ring, threads) = (slots / per_thread, most_warps[0] * WARP);
                     vec![format!(
-                        "BACKWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {resident})"
+                        "BACKWARD_WARP({name}, {vec}, {lanes}, {per_thread}, {ring}, {threads}, {resident})"
                     )]
                 }
                 ("backward_ring" | "backward_ring_add" | "backward_ring_shifted", _) => {
                     let rows = slots / per_thread;
-                    vec![format!("RING({owner}, {per_thread}, {rows}, ")]
+                    vec![format!("RING({long}{owner}, {per_thread}, {rows}, ")]
                 }
                 _ => vec![format!("SPLIT({name}, {vec})")],
             };
@@ -1492,10 +1554,10 @@ mod tests {
         for launch in &plan.launches {
             check(launch, kernel, p, plan.blocks, plan.teams, device);
         }
-        assert_eq!(
-            plan.finalize.block,
-            [32, plan.parts.min(FINALIZE_SPLITS) as u32]
-        );
+        let [lanes, splits] = plan.finalize.block.map(|n| n as usize);
+        assert_eq!(lanes * splits, FINALIZE_THREADS, "{plan:?}");
+        let columns = plan.finalize.grid[0] as usize * lanes * 16 / acc_bytes(p);
+        assert!(columns >= p.cols, "{plan:?}");
     }
 
     #[test]
@@ -1573,21 +1635,26 @@ mod tests {
             (DType::F32, 16384, (Block, Cluster)),
             (DType::F32, 16388, (Cluster, Cluster)),
             (DType::F32, 65536, (Cluster, Cluster)),
-            (DType::F32, 65540, (Cluster, Grid)),
-            (DType::F32, 131072, (Cluster, Grid)),
-            (DType::F32, 131076, (Grid, Grid)),
+            (DType::F32, 135168, (Cluster, Cluster)),
+            (DType::F32, 135172, (Cluster, Grid)),
+            (DType::F32, 270336, (Cluster, Grid)),
+            (DType::F32, 270340, (Grid, Grid)),
             (DType::F32, 1048576, (Grid, Grid)),
-            (DType::F32, 4194304, (Split, Split)),
+            (DType::F32, 4194304, (Grid, Split)),
+            (DType::F32, 4274692, (Split, Split)),
             (DType::BF16, 512, (Warp, Warp)),
             (DType::BF16, 1024, (Warp, Warp)),
             (DType::BF16, 1032, (Warp, Block)),
             (DType::BF16, 1544, (Block, Block)),
             (DType::BF16, 8192, (Block, Block)),
-            (DType::BF16, 8200, (Block, Cluster)),
+            (DType::BF16, 8448, (Block, Block)),
+            (DType::BF16, 8456, (Block, Cluster)),
             (DType::BF16, 16384, (Block, Cluster)),
             (DType::BF16, 16392, (Cluster, Cluster)),
-            (DType::BF16, 131080, (Cluster, Grid)),
-            (DType::BF16, 262152, (Grid, Grid)),
+            (DType::BF16, 135168, (Cluster, Cluster)),
+            (DType::BF16, 135176, (Cluster, Grid)),
+            (DType::BF16, 540672, (Cluster, Grid)),
+            (DType::BF16, 540680, (Grid, Grid)),
             (DType::BF16, 4194304, (Grid, Split)),
             (DType::F64, 256, (Warp, Warp)),
             (DType::F64, 258, (Block, Block)),
@@ -1680,8 +1747,8 @@ mod tests {
             "layer-norm: tuning: `forward_block_twice_4x1`: expected warps to 16, got 8"
         );
         assert_eq!(
-            refused("forward_cluster_wide", 16, 3),
-            "layer-norm: tuning: `forward_cluster_wide`: expected a cluster of 2, 4, .. blocks to 16, got 3"
+            refused("forward_long_cluster_wide", 11, 3),
+            "layer-norm: tuning: `forward_long_cluster_wide`: expected a cluster of 2, 4, .. blocks to 16, got 3"
         );
         assert_eq!(
             refused("forward_block_single_16x1", 16, 1),

@@ -21,7 +21,7 @@
 //! ```json
 //! {"crate": "candle-fused-layer-norm", "version": "0.1.0", "gpu": "NVIDIA H200", "multiprocessors": 132, "choices": [
 //!   {"dir": "fwd", "dtype": "f32", "param_dtype": "f32", "access": "wide", "rows": 512, "cols": 768,
-//!    "kernel": "forward_block_wide_2x1", "warps": 3, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
+//!    "kernel": "forward_block_thrice_4x1", "warps": 2, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
 //! ]}
 //! ```
 //!
@@ -528,9 +528,9 @@ mod tests {
     fn nearest_rows_within_a_factor_of_2_are_taken() {
         let store = store(vec![
             entry(1024, "forward_block_wide_8x1", 4, 1),
-            entry(2048, "forward_cluster_wide", 4, 2),
+            entry(2048, "forward_long_cluster_wide", 2, 2),
         ]);
-        let (x8, cluster) = (("forward_block_wide_8x1", 128), "forward_cluster_wide");
+        let (x8, cluster) = (("forward_block_wide_8x1", 128), "forward_long_cluster_wide");
         let of = |rows| forward(&store, rows, &h200()).unwrap();
         assert_eq!(of(511), BUILT_IN);
         assert_eq!(of(512), x8);
@@ -584,8 +584,8 @@ mod tests {
             ("forward_block_wide_8x1", 4, usize::MAX),
             ("forward_block_single_16x1", 8, 1),
             ("forward_warp_wide_32x4x1", 4, 1),
-            ("forward_cluster_wide", 4, 3),
-            ("forward_cluster_wide", 0, 0),
+            ("forward_long_cluster_wide", 2, 3),
+            ("forward_long_cluster_wide", 0, 0),
             ("forward_grid_wide", 4, usize::MAX),
             ("split_moments_wide", 8, usize::MAX),
         ] {

@@ -191,6 +191,20 @@ fn ptx_for_something_that_is_not_all() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn racecheck_for_something_that_is_not_1() -> Result<()> {
+    let run = Run::new()?;
+    let nvcc = run.nvcc(GOOD)?;
+    assert_eq!(
+        run.error(&[
+            ("NVCC", &nvcc),
+            ("CANDLE_FUSED_LAYER_NORM_RACECHECK", "yes")
+        ])?,
+        "CANDLE_FUSED_LAYER_NORM_RACECHECK: expected `1` or nothing, got `yes`"
+    );
+    Ok(())
+}
+
 /// The stand-in is good enough for a build that succeeds: what the others are about is what they change.
 #[test]
 fn bases_are_those_asked_for() -> Result<()> {

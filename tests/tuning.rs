@@ -81,7 +81,7 @@ fn what_is_no_tuning_file_is_refused() -> Result<()> {
 
 /// A good file's text with one change.
 fn text_with(from: &str, to: &str) -> Result<String> {
-    let file = File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]);
+    let file = File::new("GPU".into(), 1, vec![entry("forward_block_wide_4x1")]);
     let text = serde_json::to_string(&file)?;
     assert!(text.contains(from), "{text}");
     Ok(text.replacen(from, to, 1))
@@ -123,7 +123,7 @@ fn a_kernel_that_the_crate_lacks_is_refused() -> Result<()> {
 fn a_written_file_loads() -> Result<()> {
     let file = NamedTempFile::new()?;
     let path = file.path();
-    File::new("GPU".into(), 1, vec![entry("forward_block_wide_2x1")]).write(path)?;
+    File::new("GPU".into(), 1, vec![entry("forward_block_wide_4x1")]).write(path)?;
     tuning::load(path)?;
     #[cfg(feature = "cuda")]
     for device in common::devices::cuda_devices() {

@@ -452,8 +452,9 @@ fn normalize<T: Element, P: Element>(
             args.i64(rows);
             args.i32(cols);
             args.acc::<T::Acc>(problem.eps);
+            args.bool(problem.remove_mean);
             args.acc::<T::Acc>(problem.weight_offset());
-            // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps, weight_offset), of the shapes above.
+            // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps, remove_mean, weight_offset), of the shapes above.
             unsafe { args.launch(problem, device, &gpu.facts, normalize)? };
         }
         _ => bail!(

@@ -15,6 +15,9 @@ const EVERY: &[Dtypes] = &Dtypes::ALL;
 /// For the widest rows: the two ways to compute (in place, and through conversion), to keep the run short.
 const TWO: &[Dtypes] = &[Dtypes::F32, Dtypes::BF16_F32];
 
+/// Those of the table of speeds, for rows that only some kernels hold.
+const THREE: &[Dtypes] = &[Dtypes::F32, Dtypes::BF16, Dtypes::BF16_F32];
+
 const fn every(rows: usize, cols: usize, why: &'static str) -> GridShape {
     GridShape {
         rows,
@@ -29,6 +32,15 @@ const fn two(rows: usize, cols: usize, why: &'static str) -> GridShape {
         rows,
         cols,
         dtypes: TWO,
+        why,
+    }
+}
+
+const fn three(rows: usize, cols: usize, why: &'static str) -> GridShape {
+    GridShape {
+        rows,
+        cols,
+        dtypes: THREE,
         why,
     }
 }
@@ -134,7 +146,12 @@ pub const GRID: &[GridShape] = &[
     every(3, 1032, "the first past a warp"),
     every(2, 3074, "f64: the first past a block, backward"),
     every(2, 4100, "f32: the first past a block, backward"),
-    every(2, 8200, "halves: the first past a block, backward"),
+    every(
+        2,
+        8200,
+        "halves: the first past 14 warps of 2 vectors a thread, backward",
+    ),
+    every(2, 8456, "halves: the first past a block, backward"),
     every(2, 10240, "unaligned views: the last in a block, forward"),
     every(2, 10241, "unaligned: the first past a block, forward"),
     every(2, 16392, "the first past a block, forward"),
@@ -169,8 +186,37 @@ pub const GRID: &[GridShape] = &[
     every(5, 16389, "f32, unaligned: the first past it"),
     every(9, 16391, "halves, unaligned: the last in a block, forward"),
     every(9, 16393, "halves, unaligned: the first past it"),
-    every(2, 65544, "the first past a cluster, backward"),
-    two(2, 131080, "the first past a cluster, forward; two dtypes"),
+    every(
+        2,
+        45060,
+        "f32: the first past 8 blocks of 4 vectors a thread, backward",
+    ),
+    every(2, 65544, "f64: the first past a cluster"),
+    three(
+        2,
+        131080,
+        "halves: the first past 8 blocks of 4 vectors a thread, forward; three dtypes",
+    ),
+    three(
+        2,
+        135176,
+        "the first past a cluster, backward; three dtypes",
+    ),
+    three(
+        2,
+        270344,
+        "f32: the first past a cluster, forward; three dtypes",
+    ),
+    three(
+        2,
+        540680,
+        "halves: the first past a cluster, forward; three dtypes",
+    ),
+    three(
+        3,
+        1081352,
+        "the first past what the blocks of an H100 hold in registers and a ring; three dtypes",
+    ),
     two(
         1401,
         4096,
@@ -231,10 +277,22 @@ pub const GRID: &[GridShape] = &[
     },
 ];
 
-/// The shapes that are held with `dtypes`.
+/// The shapes that are held with `dtypes`. `LAYER_NORM_GRID=I/N` takes every Nth, from the Ith on, for runs in several processes.
 pub fn grid(dtypes: Dtypes) -> impl Iterator<Item = &'static GridShape> {
+    let (part, parts) = match std::env::var("LAYER_NORM_GRID") {
+        Ok(value) => value
+            .split_once('/')
+            .and_then(|(part, parts)| Some((part.parse().ok()?, parts.parse().ok()?)))
+            .filter(|(part, parts)| part < parts)
+            .unwrap_or_else(|| {
+                panic!("LAYER_NORM_GRID: expected I/N with I less than N, got `{value}`")
+            }),
+        Err(_) => (0, 1),
+    };
     GRID.iter()
         .filter(move |shape| shape.dtypes.contains(&dtypes))
+        .skip(part)
+        .step_by(parts)
 }
 
 /// A test for each of `Dtypes::ALL`, which calls `$check` with them.
