@@ -9,8 +9,8 @@
 // Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4; T * W <= 16. shared:
 //               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0);
 //               cols <= blocks * W * 32 * kPer * kVec.
-//               backward_block_*: T >= 1 teams, partials [blocks, cols].
-//               backward_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
+//               backward_block_*, backward_long_block_*: T >= 1 teams, partials [blocks, cols].
+//               backward_cluster_*, backward_long_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: zeros, [rows, group_blocks + 32] pairs.
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners

@@ -7,8 +7,8 @@
 //               their moments (Chan), of which the means are relative to one of the row's first values. Statistics run kLead chunks ahead of y.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once.
 // Launch        W warps that compute (to 16) and C that communicate, C = 1 for clusters and giant rows, else 4; shared:
-//               kSlots * W * 32 * kVec * sizeof(X); cols <= blocks * W * 32 * kPer * kVec.
-//               forward_cluster_*: clusters of 2 to 16 blocks; sm_90.
+//               W * 32 * kVec * (kSlots * sizeof(X) + kBiasSlots * sizeof(Param)); cols <= blocks * W * 32 * kPer * kVec.
+//               forward_cluster_*, forward_long_cluster_*: clusters of 2 to 16 blocks; sm_90.
 //               forward_grid_*, forward_giant_*: cooperative, `group_blocks` (to 160) blocks a row, a grid of whole groups;
 //               meetings: zeros, [rows, group_blocks + 32] pairs.
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x and y on 16 bytes. mean, rstd, weight, bias may
