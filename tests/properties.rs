@@ -577,6 +577,28 @@ fn a_ramp_far_from_zero() -> Result<()> {
     Ok(())
 }
 
+/// Found by a long run: the oracle's own mean of equal values was not their value, by a unit of 1e13 and, with a small eps, 20 deviations.
+#[test]
+fn equal_values_of_f64_and_a_small_eps() -> Result<()> {
+    let spec = Spec {
+        kind: Kind::LayerNorm,
+        dtypes: Dtypes::F64,
+        shape: vec![4, 5, 35, 20],
+        normalized_dims: 2,
+        eps: 1e-8,
+        pattern: Pattern::Constant,
+        magnitude: 15,
+        mean_ratio: 0.3,
+        dy_scale: 1.,
+        xs: View::Strided,
+        weight: View::Strided,
+        bias: View::Narrowed { dim: 2, before: 2 },
+        follower: Follower::Nothing,
+        tracked: Tracked::ALL,
+    };
+    spec.check()
+}
+
 /// Found by fuzzing: an empty view's start may lie behind the end of its storage.
 #[test]
 fn empty_view_behind_its_storage() -> Result<()> {

@@ -91,7 +91,10 @@ impl<'a> Oracle<'a> {
             .map(|row| {
                 let x = arguments.row(arguments.x, row);
                 let center = if arguments.remove_mean {
-                    mean(x.iter().copied())
+                    // The quotient is rounded, and with it equal values would have deviations: so a second step.
+                    let near = mean(x.iter().copied());
+                    let rest = mean(x.iter().map(|x| x - near));
+                    if rest.is_finite() { near + rest } else { near }
                 } else {
                     0.
                 };
