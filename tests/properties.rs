@@ -481,6 +481,24 @@ fn any_call_equals_f64() {
     }
 }
 
+/// Dense operands, all tracked: what a named call says is how it differs.
+const PLAIN: Spec = Spec {
+    kind: Kind::LayerNorm,
+    dtypes: Dtypes::F32,
+    shape: Vec::new(),
+    normalized_dims: 1,
+    eps: 1e-5,
+    pattern: Pattern::Normal,
+    magnitude: 0,
+    mean_ratio: 0.,
+    dy_scale: 1.,
+    xs: View::Dense,
+    weight: View::Dense,
+    bias: View::Dense,
+    follower: Follower::Nothing,
+    tracked: Tracked::ALL,
+};
+
 /// Found by a long run: a running sum rounded each repeat of a value the same way.
 #[test]
 fn sorted_rows_in_bf16_beside_f32_weight() -> Result<()> {
@@ -489,17 +507,9 @@ fn sorted_rows_in_bf16_beside_f32_weight() -> Result<()> {
             kind: Kind::ZeroCentered,
             dtypes: Dtypes::BF16_F32,
             shape: vec![8, cols],
-            normalized_dims: 1,
-            eps: 1e-5,
             pattern: Pattern::Ramp,
             magnitude: 2,
-            mean_ratio: 0.,
-            dy_scale: 1.,
-            xs: View::Dense,
-            weight: View::Dense,
-            bias: View::Dense,
-            follower: Follower::Nothing,
-            tracked: Tracked::ALL,
+            ..PLAIN
         };
         spec.check()?;
     }
@@ -513,17 +523,11 @@ fn a_subnormal_gradient_in_bf16() -> Result<()> {
         kind: Kind::ZeroCenteredRmsNorm,
         dtypes: Dtypes::BF16,
         shape: vec![153],
-        normalized_dims: 1,
         eps: 1e3,
-        pattern: Pattern::Normal,
         magnitude: -17,
         mean_ratio: -3.,
         dy_scale: 1e4,
-        xs: View::Dense,
-        weight: View::Dense,
-        bias: View::Dense,
-        follower: Follower::Nothing,
-        tracked: Tracked::ALL,
+        ..PLAIN
     };
     spec.check()
 }
@@ -532,20 +536,12 @@ fn a_subnormal_gradient_in_bf16() -> Result<()> {
 #[test]
 fn a_broadcast_summed_over_its_rows() -> Result<()> {
     let spec = Spec {
-        kind: Kind::LayerNorm,
-        dtypes: Dtypes::F32,
         shape: vec![200, 18],
-        normalized_dims: 1,
         eps: 1e-12,
         pattern: Pattern::Constant,
-        magnitude: 0,
-        mean_ratio: 0.,
-        dy_scale: 1.,
         xs: View::Broadcast,
-        weight: View::Dense,
-        bias: View::Dense,
         follower: Follower::SumOverFirstDim,
-        tracked: Tracked::ALL,
+        ..PLAIN
     };
     spec.check()
 }
@@ -556,20 +552,13 @@ fn a_ramp_far_from_zero() -> Result<()> {
     for dtypes in [Dtypes::F64, Dtypes::F32] {
         for cols in [500, 4096, 4097, 45596, 45597, 300_000, 1_200_000] {
             let spec = Spec {
-                kind: Kind::LayerNorm,
                 dtypes,
                 shape: vec![2, cols],
-                normalized_dims: 1,
-                eps: 1e-5,
                 pattern: Pattern::Ramp,
                 magnitude: 2,
                 mean_ratio: -1e4,
                 dy_scale: 1e4,
-                xs: View::Dense,
-                weight: View::Dense,
-                bias: View::Dense,
-                follower: Follower::Nothing,
-                tracked: Tracked::ALL,
+                ..PLAIN
             };
             spec.check()?;
         }
@@ -581,7 +570,6 @@ fn a_ramp_far_from_zero() -> Result<()> {
 #[test]
 fn equal_values_of_f64_and_a_small_eps() -> Result<()> {
     let spec = Spec {
-        kind: Kind::LayerNorm,
         dtypes: Dtypes::F64,
         shape: vec![4, 5, 35, 20],
         normalized_dims: 2,
@@ -589,12 +577,10 @@ fn equal_values_of_f64_and_a_small_eps() -> Result<()> {
         pattern: Pattern::Constant,
         magnitude: 15,
         mean_ratio: 0.3,
-        dy_scale: 1.,
         xs: View::Strided,
         weight: View::Strided,
         bias: View::Narrowed { dim: 2, before: 2 },
-        follower: Follower::Nothing,
-        tracked: Tracked::ALL,
+        ..PLAIN
     };
     spec.check()
 }
