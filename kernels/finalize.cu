@@ -4,12 +4,12 @@
 // Algorithm     A thread owns kVec columns and every S-th part, all of them on their way at once: what this launch takes is latency. The S sums
 //               of a column are added in order, by a thread a column.
 // Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the owners left them.
-// Launch        block (L, S), L * S = kThreads: with as many S to kMaxSplits as there are parts; grid (cols / (L * kVec) rounded up, 2).
+// Launch        block (L, S), L * S = kThreads, S a power of 2; grid (cols / (L * kVec) rounded up, 2).
 //               Either output may be null. On sm_90 it may be launched before the parts are there (programmatic dependent launch), and waits.
 // Determinism   No atomics; one order.
 #include "common.cuh"
 
-constexpr int kThreads = 256, kMaxSplits = 32;
+constexpr int kThreads = 256;
 constexpr int kVec = 16 / sizeof(Acc);
 // Parts of a thread that are on their way at once: all of two blocks a multiprocessor, to 160.
 constexpr int kAhead = 10;
