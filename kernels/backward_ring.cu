@@ -12,7 +12,7 @@
 //               backward_block_*, backward_long_block_*: T >= 1 teams, partials [blocks, cols].
 //               backward_cluster_*, backward_long_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
-//               [groups, cols]; meetings: zeros, [rows, group_blocks + 32] pairs.
+//               [groups, cols]; meetings: zeros, [rows, 2 * group_blocks + 64].
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners
 //               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups,
 //               partials are [owners + min(rows, S) - 1, cols], where rows start in S ways.
@@ -26,8 +26,8 @@ template <Owner kOwner> constexpr int kMaxTeams = kOwner == Owner::Block ? 8 : 1
 
 // kPlain: a weight that is not centred at 0.
 template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted, bool kPlain>
-__device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, int group_blocks, int teams,
-                                              MailBox<kSetsFor<kLag>, Scales> (&boxes)[kMaxTeams<kOwner>]) {
+__device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int group_blocks, int teams,
+                                              MailBox<kSetsFor<kLag>, Pair, Scales> (&boxes)[kMaxTeams<kOwner>]) {
   constexpr int kSets = kSetsFor<kLag>;
   static_assert(kSets >= kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
   extern __shared__ __align__(16) unsigned char shared[];
@@ -39,7 +39,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
   const int lane = threadIdx.x % kWarp, block_warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0);
   const int team_warps = blockDim.x / kWarp / teams, warps = team_warps - kComm;
   const int team = block_warp / team_warps, warp = block_warp % team_warps;
-  const Mail<kSets, Scales> mail(boxes[team]);
+  const Mail<kSets, Pair, Scales> mail(boxes[team]);
   Group group = group_of<kOwner>(group_blocks);
   if constexpr (kOwner == Owner::Block) {
     group.owner = group.owner * teams + team;
@@ -114,13 +114,18 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
           load_ahead(it + kComm);
           prefetch(it + kFar * kComm);
         }
+        if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own_rows.count) {
+          auto later = place;
+          advance(later, kComm);
+          prefetch_meeting<Pair>(meetings, later, group.blocks);
+        }
         const Pair own = warp_sum(mail.collect(it, warps) + outer_sums);
         const auto sum = [](const auto& heard) {
           Pair p = {0, 0};
           for (const Pair& h : heard) p = p + h;
           return warp_sum(p);
         };
-        const Pair sums = mail.template agree<kOwner>(it, group, own, meetings + int64_t(place) * meeting_pairs(group.blocks), sum);
+        const Pair sums = mail.template agree<kOwner>(it, group, own, meeting_of<Pair>(meetings, place, group.blocks), sum);
         const Scales s = Scales::of(sums, row, inv_cols, remove_mean);
         mail.deliver(it, s);
         outer.store_dx(dx, place * int64_t(cols), s, weight_offset);
@@ -313,9 +318,9 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Pair* meetings, in
 
 #define BACKWARD_RING(name, per, ring, lag, owner, comm, threads)                                                      \
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
-      backward_##name(BACKWARD_ARGUMENTS, Pair* __restrict__ meetings /* [rows, group_blocks + 32] */, int group_blocks, \
+      backward_##name(BACKWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 2 * group_blocks + 64] */, int group_blocks, \
                       int teams) {                                                                                     \
-    __shared__ MailBox<kSetsFor<lag>, Scales> boxes[kMaxTeams<owner>];                                                 \
+    __shared__ MailBox<kSetsFor<lag>, Pair, Scales> boxes[kMaxTeams<owner>];                                           \
     if (!kOffsetOnLoad && weight_offset == 0)                                                                          \
       backward_ring<kWide, per, ring, lag, owner, comm, kShifted, !kOffsetOnLoad>(BACKWARD_PASS, meetings, group_blocks, teams, boxes); \
     else                                                                                                               \

@@ -380,6 +380,14 @@ template <typename T> __device__ __forceinline__ void store_shared(uint32_t a, c
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.u16 [%0], %1; }" ::"r"(a), "h"(reinterpret_cast<const uint16_t&>(v)),
                  "r"(uint32_t(by_this_lane))
                  : "memory");
+  } else if constexpr (sizeof(T) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 16); i++) {
+      const uint4& u = reinterpret_cast<const uint4*>(&v)[i];
+      asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"r"(a + 16 * i), "r"(u.x), "r"(u.y),
+                   "r"(u.z), "r"(u.w), "r"(uint32_t(by_this_lane))
+                   : "memory");
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < int(sizeof(T) / 4); i++)

@@ -4,13 +4,13 @@
 // Algorithm     Persistent groups of blocks stride over the rows; ring.cuh says how a row's owners work together. weight and bias stay
 //               in registers; the f32 bias of giant rows, for which there are too few, comes anew with each row, through slots of its own.
 //               A thread sums about one of its first values of a row, in one pass; warps, blocks and the group merge
-//               their moments (Chan), of which the means are relative to one of the row's first values. Statistics run kLead chunks ahead of y.
+//               their moments (Chan), of which the means are in two terms. Statistics run kLead chunks ahead of y.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once.
 // Launch        W warps that compute (to 16) and C that communicate, C = 1 for clusters and giant rows, else 4; shared:
 //               W * 32 * kVec * (kSlots * sizeof(X) + kBiasSlots * sizeof(Param)); cols <= blocks * W * 32 * kPer * kVec.
 //               forward_cluster_*, forward_long_cluster_*: clusters of 2 to 16 blocks; sm_90.
 //               forward_grid_*, forward_giant_*: cooperative, `group_blocks` (to 160) blocks a row, a grid of whole groups;
-//               meetings: zeros, [rows, group_blocks + 32] pairs.
+//               meetings: zeros, [rows, 4 * group_blocks + 64].
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x and y on 16 bytes. mean, rstd, weight, bias may
 //               be null.
 // Determinism   No atomics; every sum has one order.
@@ -20,15 +20,15 @@
 // kSlots chunks a warp in the ring; the statistics run kLead chunks ahead of y, across rows, so that nobody waits for them.
 // kBiasSlots vectors of bias a thread are on their way, or, if 0, all are in registers.
 template <int kVec, int kPer, int kSlots, int kLead, Owner kOwner, int kComm, bool kGiant, int kBiasSlots, bool kShifted>
-__device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int group_blocks) {
+__device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int group_blocks) {
   constexpr int kLag = (kLead + kPer - 1) / kPer, kSets = kLag <= 2 ? 4 : 8;
   static_assert(kSlots > kLead && kLead >= kPer && kSets >= kLag + 2, "sets and slots that cannot be overrun");
   static_assert(kGiant || kSlots % kPer == 0, "slots that keep to their k");
   // What a step copies has arrived kSlots - kLead + 1 steps later.
   static_assert(!kBiasSlots || (kGiant && kBiasSlots > kSlots - kLead && kBiasSlots <= kPer), "a bias that has arrived when it is read");
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ MailBox<kSets, Normalizer> box;
-  const Mail<kSets, Normalizer> mail(box);
+  __shared__ MailBox<kSets, Part, Normalizer> box;
+  const Mail<kSets, Part, Normalizer> mail(box);
 
   const Group group = group_of<kOwner>(group_blocks);
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp - kComm;
@@ -65,9 +65,9 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
         shares[j] = block < group.blocks ? Acc(columns_at(frame, block)) : Acc(0);
       }
     };
-    const auto merge = [&](const Pair (&heard)[kHeard]) {
-      const Moments m = merge_moments(heard, shares, inv_cols);
-      return Pair{m.mean, m.m2};
+    const auto merge = [&](const Part (&heard)[kHeard]) {
+      const Part all = merge_parts(heard, shares, inv_cols);
+      return Pair{all.mean, all.m2};
     };
     // The lane's outer column: weight and bias, and x of the row ahead.
     Acc w = 0, b = 0, x_ahead = 0;
@@ -100,15 +100,6 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
       load_ahead(warp - warps);
       for (int i = 0; i < kFar; i++) prefetch(warp - warps + i * kComm);
     }
-    // Of this warp's next row, on its way while others are waited for.
-    Reference reference;
-    auto reference_row = row;
-    const auto load_reference = [&](int it) {
-      if (it < own.count) reference.load(x + reference_row * int64_t(cols), cols);
-      advance(reference_row, kComm);
-    };
-    advance(reference_row, warp - warps);
-    load_reference(warp - warps);
     int counted = -1;
     if constexpr (!kShifted) count(F(cols, row));
 #pragma unroll 1
@@ -127,13 +118,16 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
         load_ahead(it + kComm);
         prefetch(it + kFar * kComm);
       }
-      Pair parts[kPieces] = {mail.collect(it, warps)};
-      const Acc from = reference.get(remove_mean);
-      load_reference(it + kComm);
-      if constexpr (kShifted) parts[1] = remove_mean ? Pair{value - from, 0} : Pair{0, value * value};
-      const Moments block = merge_moments(parts, counts, inv_share);
-      const Pair m = mail.template agree<kOwner>(it, group, Pair{block.mean, block.m2}, meetings + int64_t(row) * meeting_pairs(group.blocks), merge);
-      const Normalizer n = {from + m.a, rsqrt_acc(m.b * inv_cols + eps)};
+      if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own.count) {
+        auto later = row;
+        advance(later, kComm);
+        prefetch_meeting<Part>(meetings, later, group.blocks);
+      }
+      Part parts[kPieces] = {mail.collect(it, warps)};
+      if constexpr (kShifted) parts[1] = remove_mean ? Part{value, 0, 0, 0} : Part{0, 0, value * value, 0};
+      const Part block = merge_parts(parts, counts, inv_share);
+      const Pair m = mail.template agree<kOwner>(it, group, block, meeting_of<Part>(meetings, row, group.blocks), merge);
+      const Normalizer n = {m.a, rsqrt_acc(m.b * inv_cols + eps)};
       mail.deliver(it, n);
       if (group.rank == 0 && lane == 0) {
         if (mean) mean[row] = n.mean;
@@ -214,8 +208,6 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
     auto sum_row = own.at(0);
     int sum_limit = 0;
     OwnSums<kVec> sums;
-    // Asked for a row ahead.
-    Reference reference;
     Acc own_count = 0, inv_own = 0, inv_warp = 0;
     const auto count = [&]() {
       const F frame(cols, sum_row);
@@ -229,7 +221,6 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
       inv_warp = inverse(max(columns_of(frame, warp), 1));
     };
     count();
-    if (own.count > 0) reference.load(x + sum_row * int64_t(cols), cols);
     uint32_t sum_at = begin, out_at = begin;
     const auto add_ahead = [&](int it, int k) {
       copy_async_wait<kSlots - kLead>();
@@ -238,10 +229,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
         else if (k == 0) sums = {};
         advance(sum_at);
         if (k == kPer - 1) {
-          const Moments all = sums.merge(reference.get(remove_mean), own_count, inv_own, inv_warp, remove_mean);
-          mail.leave(it, warp, lane < kWarp / 2 ? all.mean : all.m2);
+          mail.leave(it, warp, sums.merge(own_count, inv_own, inv_warp, remove_mean));
           sum_row = own.next(sum_row);
-          if (it + 1 < own.count) reference.load(x + sum_row * int64_t(cols), cols);
           if (own.starts_kind(sum_row)) count();
         }
       }
@@ -305,7 +294,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Pair* meetings, int 
 
 #define FORWARD_RING(name, per, slots, lead, owner, comm, giant, bias_slots, threads)                                  \
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
-      forward_##name(FORWARD_ARGUMENTS, Pair* __restrict__ meetings /* [rows, group_blocks + 32] */, int group_blocks) { \
+      forward_##name(FORWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 4 * group_blocks + 64] */, int group_blocks) { \
     forward_ring<kWide, per, slots, lead, owner, comm, giant, bias_slots, kShifted>(FORWARD_PASS, meetings, group_blocks); \
   }
 #ifdef LN_SHIFTED
@@ -344,4 +333,4 @@ RING(cluster, 4, 20, 8, Owner::Cluster, 1, kCluster)
 RING(long_cluster, 12, 36, 24, Owner::Cluster, 1, 384)
 #endif
 #endif
-RING(grid, 4, 24, 16, Owner::Grid, 4, kGrid)
+RING(grid, 4, 24, 18, Owner::Grid, 4, kGrid)

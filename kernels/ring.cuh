@@ -18,8 +18,41 @@ constexpr int kMaxGroup = 160;     // blocks of a row in Owner::Grid
 constexpr int kMaxOthers = kMaxGroup / kWarp;
 // Copies of a merged pair, each in its own 32 bytes or more.
 constexpr int kTold = 8, kToldStride = 4;
-// Pairs of a row's place in global memory, where `blocks` meet.
-__device__ __forceinline__ int meeting_pairs(int blocks) { return blocks + kTold * kToldStride; }
+// A row's place in global memory, where `blocks` meet: a message of each, and the copies. plan.rs counts it too.
+template <typename Message> __device__ __forceinline__ int meeting_size(int blocks) {
+  return blocks * int(sizeof(Message) / sizeof(Acc)) + 2 * kTold * kToldStride;
+}
+template <typename Message> __device__ __forceinline__ Message* meeting_of(Acc* meetings, int64_t row, int blocks) {
+  return reinterpret_cast<Message*>(meetings + row * meeting_size<Message>(blocks));
+}
+// Has L2 get the place back, which was cleared before the launch: rows that passed since may have pushed it out, and who writes a part of
+// a sector or looks for it would wait for DRAM. By all lanes of a warp.
+template <typename Message> __device__ __forceinline__ void prefetch_meeting(const Acc* meetings, int64_t row, int blocks) {
+  constexpr int kLine = 128;
+  const int bytes = meeting_size<Message>(blocks) * int(sizeof(Acc));
+  const char* const place = reinterpret_cast<const char*>(meetings) + row * bytes;
+  for (int at = threadIdx.x % kWarp * kLine; at < bytes; at += kWarp * kLine)
+    asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(place + at));
+}
+
+// What a part of a row tells of its moments: the mean in two terms, of which the second is what rounding the first leaves, and m2. In one term,
+// the means of two parts would be too coarse for the distance between them where mean >> std.
+struct alignas(4 * sizeof(Acc)) Part {
+  Acc mean, rest, m2, unused;
+  // Of a mean about a center, whichever is larger (Knuth's sum).
+  __device__ __forceinline__ static Part of(Acc center, const Moments& about) {
+    const Acc mean = center + about.mean, added = mean - center;
+    return {mean, (center - (mean - added)) + (about.mean - added), about.m2, 0};
+  }
+};
+// Of all parts that the warp's lanes hold, kPer each of `counts` values.
+template <int kPer> __device__ __forceinline__ Part merge_parts(const Part (&parts)[kPer], const Acc (&counts)[kPer], Acc inv_count) {
+  const Acc center = __shfl_sync(kFull, parts[0].mean, 0);
+  Pair about[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; i++) about[i] = {parts[i].mean - center + parts[i].rest, parts[i].m2};
+  return Part::of(center, merge_moments(0, about, counts, inv_count));
+}
 
 // A row as whole vectors of memory, which compute warps hold. Where rows do not start on 16 bytes but their tensor does, less than kVec of
 // its columns come before them, and less than twice as many behind: `outer`, which lanes of one warp hold, one each. kVec - 1 of those behind, as
@@ -257,21 +290,6 @@ template <int kVec> struct Slots {
   }
 };
 
-// A row's first values, a lane each, of which the median is the row's reference: all who hold a part of the row know it, and give the means of
-// their parts relative to it. Two means, each rounded, would be too coarse for the distance between them where mean >> std.
-struct Reference {
-  // Not widened before it is used: that would wait for it.
-  X value = X(0.f);
-  __device__ __forceinline__ void load(const X* row, int cols) {
-    const int lane = threadIdx.x % kWarp;
-    if (lane < min(3, cols)) value = __ldg(row + lane);
-  }
-  __device__ __forceinline__ Acc get(bool remove_mean) const {
-    const Acc v = widen(value), m = median(__shfl_sync(kFull, v, 0), __shfl_sync(kFull, v, 1), __shfl_sync(kFull, v, 2));
-    return remove_mean ? m : Acc(0);
-  }
-};
-
 // The sums of a thread's part of a row about one of its first values, in one pass, and exactly where mean >> std.
 template <int kVec> struct OwnSums {
   Acc center = 0;
@@ -294,14 +312,14 @@ template <int kVec> struct OwnSums {
       sums.b += d * d;
     }
   }
-  // The warp's mean, relative to `reference`, and m2, from the sums of its threads, of `count` values.
-  __device__ __forceinline__ Moments merge(Acc reference, Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
+  // The warp's part, from the sums of its threads, of `count` values.
+  __device__ __forceinline__ Part merge(Acc count, Acc inv_count, Acc inv_warp, bool remove_mean) const {
     const Pair own = about_center(sums, inv_count, remove_mean);
     // A mean, not a value: rounding costs a share of how far it is from the warp's.
     const Acc warp_center = __shfl_sync(kFull, center + own.a, 0);
     const Pair pieces[1] = {{center - warp_center + own.a, own.b}};
     const Acc counts[1] = {count};
-    return merge_moments(warp_center - reference, pieces, counts, inv_warp);
+    return Part::of(warp_center, merge_moments(0, pieces, counts, inv_warp));
   }
 };
 
@@ -378,12 +396,14 @@ template <int kVec, bool kShifted> struct OuterColumns {
 
 // ---- between the blocks of a row ------------------------------------------------------------------------------------
 
-// Meeting in global memory: a slot is zero until its pair is there, and a sum of +0 goes as -0. One store and one load carry both
-// value and flag, so that no fence and no counter is needed.
+// Meeting in global memory: a slot is zero until its message is there, and a value of +0 goes as -0. Each value is its own flag, so that no
+// fence and no counter is needed.
 __device__ __forceinline__ float not_zero(float v) { return __float_as_uint(v) == 0 ? -0.f : v; }
 __device__ __forceinline__ double not_zero(double v) { return __double_as_longlong(v) == 0 ? -0. : v; }
 __device__ __forceinline__ bool is_there(float v) { return __float_as_uint(v) != 0; }
 __device__ __forceinline__ bool is_there(double v) { return __double_as_longlong(v) != 0; }
+__device__ __forceinline__ bool is_there(const Pair& p) { return is_there(p.a) && is_there(p.b); }
+__device__ __forceinline__ bool is_there(const Part& p) { return is_there(p.mean) && is_there(p.rest) && is_there(p.m2); }
 __device__ __forceinline__ void publish(Pair* slot, Pair p) {
   p = {not_zero(p.a), not_zero(p.b)};
   if constexpr (sizeof(Acc) == 4)
@@ -402,17 +422,38 @@ __device__ __forceinline__ Pair look(const Pair* slot) {
     return {Acc(a), Acc(b)};
   }
 }
+__device__ __forceinline__ void publish(Part* slot, const Part& p) {
+  const Acc mean = not_zero(p.mean), rest = not_zero(p.rest), m2 = not_zero(p.m2);
+  if constexpr (sizeof(Acc) == 4) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %3};" ::"l"(slot), "f"(float(mean)), "f"(float(rest)), "f"(float(m2)) : "memory");
+  } else {
+    Pair* const pairs = reinterpret_cast<Pair*>(slot);
+    publish(pairs, {mean, rest});
+    publish(pairs + 1, {m2, m2});
+  }
+}
+__device__ __forceinline__ Part look(const Part* slot) {
+  if constexpr (sizeof(Acc) == 4) {
+    float mean, rest, m2, unused;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(mean), "=f"(rest), "=f"(m2), "=f"(unused) : "l"(slot) : "memory");
+    return {Acc(mean), Acc(rest), Acc(m2), Acc(unused)};
+  } else {
+    const Pair* const pairs = reinterpret_cast<const Pair*>(slot);
+    const Pair mean = look(pairs), m2 = look(pairs + 1);
+    return {mean.a, mean.b, m2.a, 0};
+  }
+}
 
 // What the warps of a block and the blocks of a cluster leave for each other: a set a row, used again kSets rows later. A compute warp
 // leaves its part of row i after it read the result of row i - kLag - 1, so that kSets >= kLag + 2 leave no set overrun.
-template <int kSets, typename Result> struct MailBox {
-  Pair part[kSets][kMaxWarps];     // of the compute warps
-  Pair block[kSets][kMaxCluster];  // of the cluster's blocks
+template <int kSets, typename Message, typename Result> struct MailBox {
+  Message part[kSets][kMaxWarps];     // of the compute warps
+  Message block[kSets][kMaxCluster];  // of the cluster's blocks
   Result result[kSets];
   uint64_t part_full[kSets], block_full[kSets], result_full[kSets];
 };
-template <int kSets, typename Result> struct Mail {
-  using Box = MailBox<kSets, Result>;
+template <int kSets, typename Message, typename Result> struct Mail {
+  using Box = MailBox<kSets, Message, Result>;
   static constexpr uint32_t kPart = offsetof(Box, part), kBlock = offsetof(Box, block), kResult = offsetof(Box, result),
                             kPartFull = offsetof(Box, part_full), kBlockFull = offsetof(Box, block_full),
                             kResultFull = offsetof(Box, result_full);
@@ -423,6 +464,8 @@ template <int kSets, typename Result> struct Mail {
 #else
   static constexpr bool kAllArrive = false;
 #endif
+  // Lanes that leave a warp's part: of a pair, one for each sum.
+  static constexpr int kLeave = sizeof(Message) == sizeof(Pair) ? 2 : 1;
   uint32_t box;
 
   __device__ __forceinline__ explicit Mail(Box& b) : box(shared_address(&b)) { asm volatile("" : "+r"(box)); }
@@ -432,7 +475,7 @@ template <int kSets, typename Result> struct Mail {
   // By one thread; the block, or the cluster, synchronises after it.
   __device__ __forceinline__ void init(int warps) const {
     for (uint32_t s = 0; s < kSets; s++) {
-      barrier_init(box + kPartFull + 8 * s, (kAllArrive ? kWarp : 2) * warps);
+      barrier_init(box + kPartFull + 8 * s, (kAllArrive ? kWarp : kLeave) * warps);
       barrier_init(box + kBlockFull + 8 * s, 1);
       barrier_init(box + kResultFull + 8 * s, kAllArrive ? kWarp : 1);
     }
@@ -441,12 +484,14 @@ template <int kSets, typename Result> struct Mail {
 
   // A compute warp's part of row i: lanes 0 to 15 hold a, the others b.
   __device__ __forceinline__ void leave(int i, int warp, Acc half) const {
+    static_assert(kLeave == 2, "a pair");
     const int lane = threadIdx.x % kWarp;
-    const bool leaves = lane % (kWarp / 2) == 0;
-    store_shared(box + kPart + (set(i) * kMaxWarps + warp) * sizeof(Pair) + (lane ? sizeof(Acc) : 0), half, leaves);
-    // What the warp's other lanes read of this set's last use is read by now.
-    __syncwarp();
-    barrier_arrive(box + kPartFull + 8 * set(i), kAllArrive || leaves);
+    leave(i, part_of(i, warp) + (lane ? sizeof(Acc) : 0), half, lane % (kWarp / 2) == 0);
+  }
+  // All lanes hold the same.
+  __device__ __forceinline__ void leave(int i, int warp, const Message& message) const {
+    static_assert(kLeave == 1, "more than a pair");
+    leave(i, part_of(i, warp), message, threadIdx.x % kWarp == 0);
   }
   __device__ __forceinline__ Result wait(int i) const {
     barrier_wait(box + kResultFull + 8 * set(i), phase(i));
@@ -454,10 +499,10 @@ template <int kSets, typename Result> struct Mail {
   }
 
   // A communication warp's: the part of compute warp `lane`, or zeros.
-  __device__ __forceinline__ Pair collect(int i, int warps) const {
+  __device__ __forceinline__ Message collect(int i, int warps) const {
     barrier_wait(box + kPartFull + 8 * set(i), phase(i));
     const int lane = threadIdx.x % kWarp;
-    return lane < warps ? load_shared<Pair>(box + kPart + (set(i) * kMaxWarps + lane) * sizeof(Pair)) : Pair{0, 0};
+    return lane < warps ? load_shared<Message>(part_of(i, lane)) : Message{};
   }
   // By all lanes, with the same value.
   __device__ __forceinline__ void deliver(int i, const Result& r) const {
@@ -467,53 +512,68 @@ template <int kSets, typename Result> struct Mail {
     barrier_arrive(box + kResultFull + 8 * set(i), kAllArrive || delivers);
   }
 
-  // The row's pair: `merge` of the pairs of its blocks, of which lane l has those of blocks l, l + 32, ... All blocks get the same
+  // The row's pair: `merge` of the messages of its blocks, of which lane l has those of blocks l, l + 32, ... All blocks get the same
   // bits. `meeting` is the row's place in global memory, for Owner::Grid.
   template <Owner kOwner, typename Merge>
-  __device__ __forceinline__ Pair agree(int i, const Group& group, Pair own, Pair* meeting, const Merge& merge) const {
+  __device__ __forceinline__ Pair agree(int i, const Group& group, const Message& own, Message* meeting, const Merge& merge) const {
     if constexpr (kOwner == Owner::Block) return own;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if constexpr (kOwner == Owner::Cluster) {
-      const int lane = threadIdx.x % kWarp, to = lane % (kWarp / 2);
-      const uint32_t full = box + kBlockFull + 8 * set(i), pairs = box + kBlock + set(i) * kMaxCluster * sizeof(Pair);
-      if (lane == 0) barrier_expect(full, group.blocks * sizeof(Pair));
-      const uint32_t slot = pairs + group.rank * sizeof(Pair) + (to == lane ? 0 : sizeof(Acc));
-      if (to < group.blocks) send(address_in(to, slot), to == lane ? own.a : own.b, address_in(to, full));
+      // Half a warp sends half a message, a lane to each block.
+      constexpr int kHalf = sizeof(Message) / sizeof(Acc) / 2;
+      const int lane = threadIdx.x % kWarp, to = lane % (kWarp / 2), first = to == lane ? 0 : kHalf;
+      const uint32_t full = box + kBlockFull + 8 * set(i), messages = box + kBlock + set(i) * kMaxCluster * sizeof(Message);
+      if (lane == 0) barrier_expect(full, group.blocks * sizeof(Message));
+      const uint32_t slot = messages + group.rank * sizeof(Message) + first * sizeof(Acc);
+      const Acc* const words = reinterpret_cast<const Acc*>(&own);
+      if (to < group.blocks)
+#pragma unroll
+        for (int w = 0; w < kHalf; w++) send(address_in(to, slot + w * sizeof(Acc)), first ? words[kHalf + w] : words[w], address_in(to, full));
       barrier_wait_cluster(full, phase(i));
-      const Pair heard[1] = {lane < group.blocks ? load_shared<Pair>(pairs + lane * sizeof(Pair)) : Pair{0, 0}};
+      const Message heard[1] = {lane < group.blocks ? load_shared<Message>(messages + lane * sizeof(Message)) : Message{}};
       return merge(heard);
     }
 #endif
     if constexpr (kOwner == Owner::Grid) return meet(group, own, meeting, merge);
   }
 
-  // The first block reads all pairs and tells the others: where all poll all, they slow each other.
+ private:
+  __device__ __forceinline__ uint32_t part_of(int i, int warp) const { return box + kPart + (set(i) * kMaxWarps + warp) * sizeof(Message); }
+  template <typename T> __device__ __forceinline__ void leave(int i, uint32_t at, const T& what, bool leaves) const {
+    store_shared(at, what, leaves);
+    // What the warp's other lanes read of this set's last use is read by now.
+    __syncwarp();
+    barrier_arrive(box + kPartFull + 8 * set(i), kAllArrive || leaves);
+  }
+
+  // The first block reads all messages and tells the others: where all poll all, they slow each other.
   template <typename Merge>
-  __device__ __forceinline__ Pair meet(const Group& group, Pair own, Pair* meeting, const Merge& merge) const {
+  __device__ __forceinline__ Pair meet(const Group& group, const Message& own, Message* meeting, const Merge& merge) const {
     const int lane = threadIdx.x % kWarp;
-    Pair* const told = meeting + group.blocks;
+    Pair* const told = reinterpret_cast<Pair*>(meeting + group.blocks);
     if (group.rank > 0) {
       if (lane == 0) publish(meeting + group.rank, own);
       const Pair* const slot = told + group.rank % kTold * kToldStride;
       Pair merged = look(slot);
-      while (!is_there(merged.a) || !is_there(merged.b)) {
+      while (!is_there(merged)) {
         __nanosleep(40);
         merged = look(slot);
       }
       return merged;
     }
-    Pair heard[kMaxOthers];
-#pragma unroll
-    for (int j = 0; j < kMaxOthers; j++) heard[j] = lane + j == 0 ? own : Pair{0, 0};
+    Message heard[kMaxOthers];
     bool all;
     do {
+      // All on their way at once: each that is waited for before the next is asked for costs as much as a hop.
+#pragma unroll
+      for (int j = 0; j < kMaxOthers; j++) heard[j] = look(meeting + min(lane + j * kWarp, group.blocks - 1));
       all = true;
 #pragma unroll
       for (int j = 0; j < kMaxOthers; j++) {
         const int from = lane + j * kWarp;
-        if (from == 0 || from >= group.blocks || (is_there(heard[j].a) && is_there(heard[j].b))) continue;
-        heard[j] = look(meeting + from);
-        all = all && is_there(heard[j].a) && is_there(heard[j].b);
+        if (from == 0) heard[j] = own;
+        else if (from >= group.blocks) heard[j] = Message{};
+        else all = all && is_there(heard[j]);
       }
     } while (!__all_sync(kFull, all));
     const Pair merged = merge(heard);

@@ -272,7 +272,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
                              int remove_mean, Acc weight_offset) {                                                     \
     split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps, remove_mean, weight_offset);           \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
       split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \
                         Acc* __restrict__ dweight_part /* [row groups, cols], rows part_step apart */,                                       \
                         Acc* __restrict__ dbias_part /* [row groups, cols], rows part_step apart */,                                         \

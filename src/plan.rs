@@ -547,9 +547,9 @@ impl Launch {
 
 /// What the driver reserves of each block's shared memory.
 const RESERVED_SHARED: usize = 1024;
-/// kMaxGroup, kTold * kToldStride of ring.cuh.
+/// kMaxGroup of ring.cuh, and values that meeting_of there adds for a row's result.
 const MAX_GROUP: usize = 160;
-const TOLD: usize = 32;
+const TOLD: usize = 64;
 /// kRows and kThreads of split.cu.
 const SPLIT_ROWS: usize = 16;
 const SPLIT_THREADS: usize = 256;
@@ -656,9 +656,8 @@ impl<'a> Planner<'a> {
     fn static_shared(&self, kernel: &Kernel) -> usize {
         let of_f32 = match kernel.regime {
             Regime::Block => 9728,
-            Regime::Grid if kernel.communicating > 1 => 3584,
-            Regime::Grid => 2304,
-            _ => 1280,
+            Regime::Grid => 4352,
+            _ => 2176,
         };
         of_f32 * acc_bytes(self.problem) / 4
     }
@@ -750,9 +749,9 @@ impl<'a> Planner<'a> {
             }
             Regime::Split => choice(
                 SPLIT_THREADS / WARP,
-                // 16 x 4194304: forward 221 us with two blocks a multiprocessor, 244, 245, 235 with 1, 3, 4; backward 344 us with
-                // one, 347, 356, 350 with 2, 3, 4 (f32; in bf16 121 and 182, in the same order).
-                ((3 - self.tensors) * self.device.multiprocessors)
+                // 16 x 4194304: forward 221 us with two blocks a multiprocessor, 244, 245, 235 with 1, 3, 4; backward 344 us in f32 and 178
+                // in bf16 with two, 342 and 185, 362 and 186 with 1, 3.
+                (2 * self.device.multiprocessors)
                     .min(self.most_split_blocks(kernel)),
             ),
         }
@@ -1155,10 +1154,14 @@ fn finalize(
     })
 }
 
-/// Pairs of sums through which the blocks of each row meet.
-pub fn meetings(problem: &Problem, regime: Regime, blocks: usize) -> usize {
+/// Values of a `Part` and of a `Pair`, the messages of blocks that share a row.
+pub const FORWARD_MESSAGE: usize = 4;
+pub const BACKWARD_MESSAGE: usize = 2;
+
+/// Values through which the blocks of each row meet, each of which sends `message` of them.
+pub fn meetings(problem: &Problem, regime: Regime, blocks: usize, message: usize) -> usize {
     match regime {
-        Regime::Grid => problem.rows * (blocks + TOLD),
+        Regime::Grid => problem.rows * (blocks * message + TOLD),
         _ => 0,
     }
 }

@@ -585,6 +585,24 @@ fn equal_values_of_f64_and_a_small_eps() -> Result<()> {
     spec.check()
 }
 
+/// Found by a long run: dbias of 502 rows was one running sum.
+#[test]
+fn sums_over_many_short_rows() -> Result<()> {
+    let spec = Spec {
+        shape: vec![502, 49],
+        eps: 1e-8,
+        magnitude: -16,
+        mean_ratio: 0.3,
+        dy_scale: 1e-4,
+        xs: View::Offset(3),
+        weight: View::Offset(1),
+        bias: View::Strided,
+        follower: Follower::Permute(3),
+        ..PLAIN
+    };
+    spec.check()
+}
+
 /// Found by fuzzing: an empty view's start may lie behind the end of its storage.
 #[test]
 fn empty_view_behind_its_storage() -> Result<()> {

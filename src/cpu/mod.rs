@@ -40,6 +40,8 @@ const ROWS_PER_GROUP: usize = 4;
 const MAX_PARTIALS: usize = 64;
 /// Rows a partial stands for at least: it is written and read once, like two rows.
 const ROWS_PER_PARTIAL: usize = 16;
+/// Rows that a running sum for dweight and dbias adds up before its total goes on: each addition rounds to the sum so far.
+const ROWS_PER_SUM: usize = 128;
 /// Up to this many columns, a copy of weight and bias in f32 stays in the second-level cache.
 const WIDENED_COLUMNS: usize = 32 * 1024;
 /// Columns whose sums over rows stay in the first-level cache.
@@ -526,10 +528,22 @@ where
         let parts = chunks_of(partials.slots(), width.max(1), blocks);
         let tasks = zip(dx, parts).enumerate().collect();
         for_each(threads, tasks, |(block, (dx, part))| {
-            let first = block * block_rows;
-            let (dweight, dbias) = zeroed(part).split_at_mut(dweight.len());
-            let block = first..rows.min(first + block_rows);
-            self.block(block, dx, dweight, dbias, streams);
+            let block = block * block_rows..rows.min((block + 1) * block_rows);
+            let runs = block.len().div_ceil(ROWS_PER_SUM);
+            let part = zeroed(part);
+            let mut more = vec![Acc::of_f64(0.); if runs > 1 { width } else { 0 }];
+            let dx = chunks_of(dx, ROWS_PER_SUM * cols, runs);
+            for (run, dx) in dx.enumerate() {
+                let first = block.start + run * ROWS_PER_SUM;
+                let sums = if run == 0 { &mut *part } else { &mut more };
+                let (dweight, dbias) = sums.split_at_mut(dweight.len());
+                let run_rows = first..block.end.min(first + ROWS_PER_SUM);
+                self.block(run_rows, dx, dweight, dbias, streams);
+                if run > 0 {
+                    row::add(part, &more);
+                    more.fill(Acc::of_f64(0.));
+                }
+            }
         });
         // SAFETY: each task wrote its part.
         let partials = unsafe { partials.assume_written() };

@@ -215,16 +215,11 @@ pub(crate) fn name_and_multiprocessors(device: &CudaDevice) -> Result<(String, u
     Ok((gpu.name.clone(), gpu.facts.multiprocessors))
 }
 
-/// Where the blocks of each row meet, if they are in groups of the grid: zeros, pairs.
-fn meetings<A: Acc>(
-    problem: &Problem,
-    device: &CudaDevice,
-    regime: Regime,
-    blocks: usize,
-) -> Result<Option<CudaSlice<A>>> {
-    match plan::meetings(problem, regime, blocks) {
+/// Where the blocks of each row meet, if they are in groups of the grid: `len` zeros.
+fn meetings<A: Acc>(device: &CudaDevice, len: usize) -> Result<Option<CudaSlice<A>>> {
+    match len {
         0 => Ok(None),
-        pairs => Ok(Some(device.alloc_zeros(2 * pairs)?)),
+        len => Ok(Some(device.alloc_zeros(len)?)),
     }
 }
 
@@ -405,7 +400,8 @@ fn normalize<T: Element, P: Element>(
     };
     match plan.launches.as_slice() {
         [launch] => {
-            let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
+            let len = plan::meetings(problem, plan.regime, plan.blocks, plan::FORWARD_MESSAGE);
+            let mut meetings = meetings::<T::Acc>(device, len)?;
             let mut args = Arguments::new(&stream);
             args.output(Some(&mut *y));
             args.output(mean.as_mut());
@@ -759,7 +755,8 @@ fn gradients<T: Element, P: Element>(
     let (rows, cols) = (problem.rows, problem.cols);
     match plan.launches.as_slice() {
         [launch] => {
-            let mut meetings = meetings::<T::Acc>(problem, device, plan.regime, plan.blocks)?;
+            let len = plan::meetings(problem, plan.regime, plan.blocks, plan::BACKWARD_MESSAGE);
+            let mut meetings = meetings::<T::Acc>(device, len)?;
             let mut args = Arguments::new(&stream);
             args.output(dx.as_mut());
             if in_parts {
