@@ -751,8 +751,7 @@ impl<'a> Planner<'a> {
                 SPLIT_THREADS / WARP,
                 // 16 x 4194304: forward 221 us with two blocks a multiprocessor, 244, 245, 235 with 1, 3, 4; backward 344 us in f32 and 178
                 // in bf16 with two, 342 and 185, 362 and 186 with 1, 3.
-                (2 * self.device.multiprocessors)
-                    .min(self.most_split_blocks(kernel)),
+                (2 * self.device.multiprocessors).min(self.most_split_blocks(kernel)),
             ),
         }
     }
