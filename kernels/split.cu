@@ -36,7 +36,8 @@ __device__ __forceinline__ int last_of(const Piece& p) {
   return p.first < p.vectors ? p.first + (p.vectors - 1 - p.first) / p.step * p.step : -1;
 }
 
-// What the moments of a row's parts are relative to, one of its first values: see Reference of ring.cuh.
+// What the moments of a row's parts are relative to, one of its first values and no outlier unless two of three are: two means, each rounded,
+// would be too coarse for the distance between them where mean >> std.
 __device__ __forceinline__ Acc reference_of(const X* row, int cols, bool remove_mean) {
   if (!remove_mean) return 0;
   const Acc first = widen(row[0]);

@@ -353,10 +353,9 @@ const FORWARD: &[Kernel] = &[
     Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[4], [12, 36, 1], [11, 11]) },
     Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[2], [12, 36, 1], [11, 11]) },
     Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
-    // 128 x 1048576: 89% in bf16, 88% in f32; with a lead of 12 chunks for 16 86% and 84%, with 2 warps that communicate 83%.
+    // 128 x 1048576 in f32, with a lead of 16, 18, 19 chunks: 91%, 93%, 94%; with 2 warps that communicate, where 4 had 89%, 83%.
     ring("forward_ring", "forward_grid_wide", Regime::Grid, &[2, 4, 8], [4, 24, 4], [16, 16]),
-    // 16 x 4194304: bf16 83%, with 28 slots and a lead of 18 chunks 79%, split 59%; f32 81%, split 60%. Since means travel relative to a row's
-    // reference, 78% and 78%.
+    // 16 x 4194304: bf16 85%, split 59%; f32 80%, with a lead of 34 chunks for 33 77%, split 60%.
     Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 40, 1], [11, 11]) },
     Kernel { param_sizes: &[4], bias_slots: 5, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 30, 1], [11, 11]) },
     Kernel { bias_slots: 4, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[4], [23, 36, 1], [11, 11]) },
