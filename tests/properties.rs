@@ -603,6 +603,26 @@ fn sums_over_many_short_rows() -> Result<()> {
     spec.check()
 }
 
+/// Found by a long run: products that are subnormal in f32, before they are multiplied with an rstd of a million.
+#[test]
+fn subnormal_products_and_a_large_rstd() -> Result<()> {
+    let spec = Spec {
+        kind: Kind::ZeroCenteredRmsNorm,
+        dtypes: Dtypes::BF16,
+        shape: vec![38505],
+        eps: 1e-12,
+        pattern: Pattern::Ramp,
+        magnitude: -23,
+        mean_ratio: -3.,
+        dy_scale: 1e-4,
+        xs: View::Offset(5),
+        bias: View::Permuted(3),
+        follower: Follower::Permute(3),
+        ..PLAIN
+    };
+    spec.check()
+}
+
 /// Found by fuzzing: an empty view's start may lie behind the end of its storage.
 #[test]
 fn empty_view_behind_its_storage() -> Result<()> {

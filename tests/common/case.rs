@@ -252,6 +252,10 @@ impl Case {
             remove_mean: self.kind.removes_mean(),
             zero_centered_weight: self.kind.has_zero_centered_weight(),
             eps: f64::from(self.eps),
+            smallest_normal: match self.dtypes.xs {
+                DType::F64 => f64::MIN_POSITIVE,
+                _ => f32::MIN_POSITIVE.into(),
+            },
         }
     }
 

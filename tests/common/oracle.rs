@@ -32,6 +32,8 @@ pub struct Arguments<'a> {
     pub remove_mean: bool,
     pub zero_centered_weight: bool,
     pub eps: f64,
+    /// Of the accumulation type: below it, an operation rounds to a unit of this and not of its own result.
+    pub smallest_normal: f64,
 }
 
 /// One row's statistics.
@@ -151,6 +153,8 @@ impl<'a> Oracle<'a> {
                     + if args.remove_mean { size_g } else { 0. }
                     + xhat.abs() * (size_g_xhat + mean_error * size_g)
                     + mean_error * mean_g_xhat.abs();
+                // A large rstd brings back what the terms before it lost as subnormal numbers.
+                let terms = terms.max(args.smallest_normal);
                 dx.push((g(col) - mean_g - xhat * mean_g_xhat) * rstd, terms * rstd);
             }
         }
