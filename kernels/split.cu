@@ -259,6 +259,9 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
   }
 }
 
+// Blocks of split_sums on a multiprocessor: of f64, 128 registers do not hold the sums of kRows rows.
+constexpr int kSumsBlocks = sizeof(X) == 8 ? 1 : 2;
+
 #define SPLIT(name, vec)                                                                                               \
   extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
       split_moments_##name(Pair* __restrict__ part /* [rows, blocks] */, const X* __restrict__ x /* [rows, cols] */,   \
@@ -273,7 +276,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
                              int remove_mean, Acc weight_offset) {                                                     \
     split_normalize<vec>(y, mean, rstd, part, x, weight, bias, rows, cols, eps, remove_mean, weight_offset);           \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, kSumsBlocks)                                                   \
       split_sums_##name(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,              \
                         Acc* __restrict__ dweight_part /* [row groups, cols], rows part_step apart */,                                       \
                         Acc* __restrict__ dbias_part /* [row groups, cols], rows part_step apart */,                                         \
