@@ -623,6 +623,24 @@ fn subnormal_products_and_a_large_rstd() -> Result<()> {
     spec.check()
 }
 
+/// Found by a long run: the products that dweight sums are subnormal in f32.
+#[test]
+fn subnormal_products_over_many_rows() -> Result<()> {
+    let spec = Spec {
+        kind: Kind::RmsNorm,
+        shape: vec![245, 119],
+        eps: 1e-8,
+        pattern: Pattern::Ramp,
+        magnitude: -23,
+        mean_ratio: 0.3,
+        dy_scale: 1e-4,
+        xs: View::Permuted(1),
+        bias: View::Offset(4),
+        ..PLAIN
+    };
+    spec.check()
+}
+
 /// Found by fuzzing: an empty view's start may lie behind the end of its storage.
 #[test]
 fn empty_view_behind_its_storage() -> Result<()> {

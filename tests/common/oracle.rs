@@ -181,6 +181,7 @@ impl<'a> Oracle<'a> {
         for row in 0..args.rows {
             for (col, &dy) in args.row(args.dy, row).iter().enumerate() {
                 let (value, size) = f(row, col, dy);
+                let size = size.max(args.smallest_normal);
                 sums[col].add(value);
                 squares[col] += size * size;
             }
