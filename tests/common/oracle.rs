@@ -164,7 +164,8 @@ impl<'a> Oracle<'a> {
     pub fn dweight(&self) -> Values {
         self.sum_over_rows(|row, col, dy| {
             let xhat = self.xhat(row, col);
-            (dy * xhat, dy.abs() * (xhat.abs() + self.mean_error(row)))
+            let size = dy.abs() * (xhat.abs() + self.mean_error(row));
+            (dy * xhat, size.max(self.arguments.smallest_normal))
         })
     }
 
@@ -181,7 +182,6 @@ impl<'a> Oracle<'a> {
         for row in 0..args.rows {
             for (col, &dy) in args.row(args.dy, row).iter().enumerate() {
                 let (value, size) = f(row, col, dy);
-                let size = size.max(args.smallest_normal);
                 sums[col].add(value);
                 squares[col] += size * size;
             }
