@@ -78,19 +78,16 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
     constexpr int kFar = kRing / kComm + 2;
     auto place = first_row, ahead = first_row, far = first_row;
-    const auto advance = [&](auto& row, int rows) {
-      for (int i = 0; i < rows; i++) row = own_rows.next(row);
-    };
     const auto load_ahead = [&](int it) {
       if (it < own_rows.count) outer.load(F(cols, ahead), here, x, dy, ahead * int64_t(cols));
-      advance(ahead, kComm);
+      ahead = own_rows.next(ahead, kComm);
     };
     const auto prefetch = [&](int it) {
       if (it < own_rows.count) outer.prefetch(F(cols, far), here, x, dy, far * int64_t(cols));
-      advance(far, kComm);
+      far = own_rows.next(far, kComm);
     };
     if constexpr (kShifted) {
-      advance(ahead, own_warp);
+      ahead = own_rows.next(ahead, own_warp);
       far = ahead;
       load_ahead(own_warp);
       for (int i = 0; i < kFar; i++) prefetch(own_warp + i * kComm);
@@ -114,11 +111,8 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           load_ahead(it + kComm);
           prefetch(it + kFar * kComm);
         }
-        if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own_rows.count) {
-          auto later = place;
-          advance(later, kComm);
-          prefetch_meeting<Pair>(meetings, later, group.blocks);
-        }
+        if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own_rows.count)
+          prefetch_meeting<Pair>(meetings, own_rows.next(place, kComm), group.blocks);
         const Pair own = warp_sum(mail.collect(it, warps) + outer_sums);
         const auto sum = [](const auto& heard) {
           Pair p = {0, 0};

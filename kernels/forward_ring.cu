@@ -74,9 +74,6 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
     constexpr int kFar = kSlots / kPer / kComm + 2;
     auto row = own.at(0), ahead = row, far = row;
-    const auto advance = [&](auto& row, int rows) {
-      for (int i = 0; i < rows; i++) row = own.next(row);
-    };
     const auto at_outer = [&](const auto& row, bool& valid) {
       const F frame(cols, row);
       valid = group.rank == 0 && lane < frame.outer_columns();
@@ -86,16 +83,16 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       bool valid;
       const X* const from = at_outer(ahead, valid);
       x_ahead = load_vec<X, 1>(from, valid && it < own.count)[0];
-      advance(ahead, kComm);
+      ahead = own.next(ahead, kComm);
     };
     const auto prefetch = [&](int it) {
       bool valid;
       const X* const from = at_outer(far, valid);
       prefetch_if(from, valid && it < own.count);
-      advance(far, kComm);
+      far = own.next(far, kComm);
     };
     if constexpr (kShifted) {
-      advance(ahead, warp - warps);
+      ahead = own.next(ahead, warp - warps);
       far = ahead;
       load_ahead(warp - warps);
       for (int i = 0; i < kFar; i++) prefetch(warp - warps + i * kComm);
@@ -118,11 +115,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
         load_ahead(it + kComm);
         prefetch(it + kFar * kComm);
       }
-      if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own.count) {
-        auto later = row;
-        advance(later, kComm);
-        prefetch_meeting<Part>(meetings, later, group.blocks);
-      }
+      if (kOwner == Owner::Grid && group.rank == 0 && it + kComm < own.count)
+        prefetch_meeting<Part>(meetings, own.next(row, kComm), group.blocks);
       Part parts[kPieces] = {mail.collect(it, warps)};
       if constexpr (kShifted) parts[1] = remove_mean ? Part{value, 0, 0, 0} : Part{0, 0, value * value, 0};
       const Part block = merge_parts(parts, counts, inv_share);

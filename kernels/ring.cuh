@@ -105,10 +105,14 @@ template <bool kSorted> struct Rows {
       return kind + step * (place - kind * each - min(kind, more));
     }
   }
-  __device__ __forceinline__ Row next(Row row) const {
-    row += step;
-    // The first of the next kind; step is a power of 2.
-    return kSorted && row >= rows ? (row & (step - 1)) + 1 : row;
+  // The row `its` iterations after.
+  __device__ __forceinline__ Row next(Row row, int its = 1) const {
+    for (int i = 0; i < its; i++) {
+      row += step;
+      // The first of the next kind; step is a power of 2.
+      if (kSorted && row >= rows) row = (row & (step - 1)) + 1;
+    }
+    return row;
   }
   // Among its kinds; and whether it is the first row of its kind but not of all.
   __device__ __forceinline__ int kind_of(Row row) const { return kSorted ? int(row & (step - 1)) : 0; }
