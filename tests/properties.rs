@@ -603,6 +603,21 @@ fn sums_over_many_short_rows() -> Result<()> {
     spec.check()
 }
 
+/// Found by a long run: dweight of equal rows, whose running sum over 128 of them rounded each addition the same way.
+#[test]
+fn sums_over_many_equal_rows() -> Result<()> {
+    let spec = Spec {
+        kind: Kind::RmsNorm,
+        shape: vec![287, 126],
+        eps: 0.,
+        pattern: Pattern::Constant,
+        magnitude: -1,
+        mean_ratio: 0.3,
+        ..PLAIN
+    };
+    spec.check()
+}
+
 /// Found by a long run: products that are subnormal in f32, before they are multiplied with an rstd of a million.
 #[test]
 fn subnormal_products_and_a_large_rstd() -> Result<()> {

@@ -41,7 +41,7 @@ const MAX_PARTIALS: usize = 64;
 /// Rows a partial stands for at least: it is written and read once, like two rows.
 const ROWS_PER_PARTIAL: usize = 16;
 /// Rows that a running sum for dweight and dbias adds up before its total goes on: each addition rounds to the sum so far.
-const ROWS_PER_SUM: usize = 128;
+const ROWS_PER_SUM: usize = 32;
 /// Up to this many columns, a copy of weight and bias in f32 stays in the second-level cache.
 const WIDENED_COLUMNS: usize = 32 * 1024;
 /// Columns whose sums over rows stay in the first-level cache.
