@@ -5,10 +5,9 @@ use crate::plan::{DeviceFacts, Launch};
 use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
-use cudarc::driver::{
-    CudaFunction, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop, sys,
-};
+use cudarc::driver::{CudaFunction, CudaStream, CudaView, DevicePtrMut, SyncOnDrop, sys};
 use std::ffi::c_void;
+use std::marker::PhantomData;
 
 /// A loaded kernel, as long as its module is.
 #[derive(Clone, Copy)]
@@ -56,13 +55,37 @@ fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
     attributes
 }
 
+/// A buffer that kernels read: its address, and what says once it is dropped, behind the launches, that the stream has read it.
+///
+/// cudarc gives the address out along with a wait for the buffer's writer and a record of the reader, so it is asked once.
+pub(super) struct Input<'a, T> {
+    pointer: sys::CUdeviceptr,
+    _read: SyncOnDrop<'a>,
+    element: PhantomData<T>,
+}
+
+impl<'a, T> Input<'a, T> {
+    pub fn new(view: CudaView<'a, T>, stream: &'a CudaStream) -> Self {
+        let (pointer, read) = view.view_ptr(stream);
+        Self {
+            pointer,
+            _read: read,
+            element: PhantomData,
+        }
+    }
+
+    pub fn starts_on_16(&self) -> bool {
+        self.pointer.is_multiple_of(16)
+    }
+}
+
 /// A kernel's arguments, in its order: outputs, inputs, scalars.
 ///
 /// Each is kept in a cell of 8 bytes; the driver reads as many of them as the parameter has.
 pub(super) struct Arguments<'a> {
     stream: &'a CudaStream,
     cells: Vec<[u8; 8]>,
-    // Record, once the launch is queued, that these buffers are in use.
+    // Record, once the launch is queued, that these outputs are in use.
     guards: Vec<SyncOnDrop<'a>>,
 }
 
@@ -71,7 +94,7 @@ impl<'a> Arguments<'a> {
         Self {
             stream,
             cells: Vec::with_capacity(16),
-            guards: Vec::with_capacity(8),
+            guards: Vec::with_capacity(4),
         }
     }
 
@@ -93,13 +116,8 @@ impl<'a> Arguments<'a> {
     }
 
     /// A buffer the kernel reads, or null.
-    pub fn input<T>(&mut self, view: Option<&'a CudaView<'a, T>>) {
-        let mut pointer = 0;
-        if let Some(view) = view {
-            let (p, guard) = view.device_ptr(self.stream);
-            pointer = p;
-            self.guards.push(guard);
-        }
+    pub fn input<T>(&mut self, input: Option<&'a Input<'_, T>>) {
+        let pointer = input.map_or(0, |i| i.pointer);
         self.cell(&pointer.to_ne_bytes());
     }
 

@@ -15,11 +15,9 @@ use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, bail};
-use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, ValidAsZeroBits, sys,
-};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use half::{bf16, f16};
-use launch::Arguments;
+use launch::{Arguments, Input};
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -83,14 +81,16 @@ pub(crate) fn backward(
 }
 
 /// The elements of a dense operand.
-fn view<'a, T: Element>(
+fn input<'a, T: Element>(
     problem: &Problem,
     (storage, layout): Operand<'a>,
-) -> Result<CudaView<'a, T>> {
+    stream: &'a CudaStream,
+) -> Result<Input<'a, T>> {
+    let slice = storage.as_cuda_slice::<T>()?;
     match layout.contiguous_offsets() {
         // An empty view may start behind its storage's end.
-        Some((start, end)) if start == end => Ok(storage.as_cuda_slice::<T>()?.slice(..0)),
-        Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
+        Some((start, end)) if start == end => Ok(Input::new(slice.slice(..0), stream)),
+        Some((start, end)) => Ok(Input::new(slice.slice(start..end), stream)),
         None => bail!(
             "{}: expected a contiguous operand, got strides {:?} for shape {:?}",
             problem.op_name(),
@@ -145,27 +145,16 @@ fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts>
 }
 
 /// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
-fn access<'a, T: Element, P: Element>(
+fn access<'a, T: 'a, P: 'a>(
     problem: &Problem,
-    device: &CudaDevice,
-    xs: impl IntoIterator<Item = &'a CudaView<'a, T>>,
-    params: impl IntoIterator<Item = &'a CudaView<'a, P>>,
+    xs: impl IntoIterator<Item = &'a Input<'a, T>>,
+    params: impl IntoIterator<Item = &'a Input<'a, P>>,
 ) -> Access {
-    let stream = device.cuda_stream();
     Access::of(
         problem,
-        starts_on_16(&stream, xs),
-        starts_on_16(&stream, params),
+        xs.into_iter().all(Input::starts_on_16),
+        params.into_iter().all(Input::starts_on_16),
     )
-}
-
-fn starts_on_16<'a, T: Element>(
-    stream: &CudaStream,
-    views: impl IntoIterator<Item = &'a CudaView<'a, T>>,
-) -> bool {
-    views
-        .into_iter()
-        .all(|v| v.device_ptr(stream).0.is_multiple_of(16))
 }
 
 /// What a call over these tensors may choose from: x, or x and dy; weight and bias.
@@ -196,8 +185,8 @@ fn access_of<T: Element, P: Element>(
     fn starts<E: Element>(problem: &Problem, tensor: &Tensor) -> Result<bool> {
         let locked = tensor.storage_and_layout();
         let (storage, layout) = on_cuda(&locked)?;
-        let view = view::<E>(problem, (storage, layout))?;
-        Ok(starts_on_16(&storage.device.cuda_stream(), [&view]))
+        let stream = storage.device.cuda_stream();
+        Ok(input::<E>(problem, (storage, layout), &stream)?.starts_on_16())
     }
     let (mut xs_start, mut params_start) = (true, true);
     for x in xs {
@@ -231,7 +220,7 @@ fn alloc<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>>
 
 /// A residual, and where its sum with x goes.
 struct Addend<'a, T> {
-    residual: &'a CudaView<'a, T>,
+    residual: &'a Input<'a, T>,
     sum: &'a mut CudaSlice<T>,
     dropout: Option<Dropout>,
 }
@@ -251,9 +240,12 @@ fn forward_typed<T: Element, P: Element>(
     keep: bool,
 ) -> Result<Forward<CudaStorage>> {
     let device = &x.0.device;
-    let x = view::<T>(problem, x)?;
-    let weight = weight.map(|w| view::<P>(problem, w)).transpose()?;
-    let bias = bias.map(|b| view::<P>(problem, b)).transpose()?;
+    let stream = device.cuda_stream();
+    let x = input::<T>(problem, x, &stream)?;
+    let weight = weight
+        .map(|w| input::<P>(problem, w, &stream))
+        .transpose()?;
+    let bias = bias.map(|b| input::<P>(problem, b, &stream)).transpose()?;
     let params = [weight.as_ref(), bias.as_ref()];
     let out = planned_forward(problem, device, &x, params, keep)?;
     Ok(Forward {
@@ -278,19 +270,21 @@ fn add_forward_typed<T: Element, P: Element>(
     keep: bool,
 ) -> Result<AddForward<CudaStorage>> {
     let device = &args.x.0.device;
-    let x = view::<T>(problem, args.x)?;
-    let residual = view::<T>(problem, args.residual)?;
-    let weight = args.weight.map(|w| view::<P>(problem, w)).transpose()?;
-    let bias = args.bias.map(|b| view::<P>(problem, b)).transpose()?;
+    let stream = device.cuda_stream();
+    let x = input::<T>(problem, args.x, &stream)?;
+    let residual = input::<T>(problem, args.residual, &stream)?;
+    let weight = args
+        .weight
+        .map(|w| input::<P>(problem, w, &stream))
+        .transpose()?;
+    let bias = args
+        .bias
+        .map(|b| input::<P>(problem, b, &stream))
+        .transpose()?;
     let params = [weight.as_ref(), bias.as_ref()];
     let mut sum = alloc::<T>(device, problem.rows * problem.cols)?;
     let gpu = gpu(problem.op_name(), device)?;
-    let access = access(
-        problem,
-        device,
-        [&x, &residual],
-        params.into_iter().flatten(),
-    );
+    let access = access(problem, [&x, &residual], params.into_iter().flatten());
     let plan = match problem.is_empty() {
         true => None,
         false => plan::forward_add(problem, access, &gpu.facts)?,
@@ -317,7 +311,13 @@ fn add_forward_typed<T: Element, P: Element>(
         }
         None => {
             add(problem, device, &gpu, &mut sum, &x, &residual, dropout)?;
-            planned_forward(problem, device, &sum.slice(..), params, keep)?
+            planned_forward(
+                problem,
+                device,
+                &Input::new(sum.slice(..), &stream),
+                params,
+                keep,
+            )?
         }
     };
     Ok(AddForward {
@@ -358,8 +358,8 @@ fn means(problem: &Problem) -> usize {
 fn planned_forward<T: Element, P: Element>(
     problem: &Problem,
     device: &CudaDevice,
-    x: &CudaView<'_, T>,
-    params: [Option<&CudaView<'_, P>>; 2],
+    x: &Input<'_, T>,
+    params: [Option<&Input<'_, P>>; 2],
     keep: bool,
 ) -> Result<Normalized<T>> {
     if problem.is_empty() {
@@ -370,7 +370,7 @@ fn planned_forward<T: Element, P: Element>(
         });
     }
     let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, [x], params.into_iter().flatten());
+    let access = access(problem, [x], params.into_iter().flatten());
     let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
     let mut out = Normalized::alloc(problem, device, keep)?;
     normalize(problem, device, &gpu, &plan, &mut out, x, params, None)?;
@@ -385,8 +385,8 @@ fn normalize<T: Element, P: Element>(
     gpu: &Gpu,
     plan: &plan::Forward,
     Normalized { y, statistics }: &mut Normalized<T>,
-    x: &CudaView<'_, T>,
-    [weight, bias]: [Option<&CudaView<'_, P>>; 2],
+    x: &Input<'_, T>,
+    [weight, bias]: [Option<&Input<'_, P>>; 2],
     addend: Option<Addend<'_, T>>,
 ) -> Result<()> {
     let stream = device.cuda_stream();
@@ -436,7 +436,7 @@ fn normalize<T: Element, P: Element>(
             args.bool(problem.remove_mean);
             // SAFETY: split_moments(part [rows, blocks] of pairs, x [rows, cols], rows, cols, remove_mean).
             unsafe { args.launch(problem, device, &gpu.facts, moments)? };
-            let part = part.slice(..);
+            let part = Input::new(part.slice(..), &stream);
             let mut args = Arguments::new(&stream);
             args.output(Some(&mut *y));
             args.output(mean.as_mut());
@@ -467,8 +467,8 @@ fn add<T: Element>(
     device: &CudaDevice,
     gpu: &Gpu,
     sum: &mut CudaSlice<T>,
-    x: &CudaView<'_, T>,
-    residual: &CudaView<'_, T>,
+    x: &Input<'_, T>,
+    residual: &Input<'_, T>,
     dropout: Option<Dropout>,
 ) -> Result<()> {
     if problem.is_empty() {
@@ -476,7 +476,7 @@ fn add<T: Element>(
     }
     let stream = device.cuda_stream();
     let launch = plan::add(problem, &gpu.facts, "add_forward")?;
-    let starts = starts_on_16(&stream, [x, residual]);
+    let starts = x.starts_on_16() && residual.starts_on_16();
     let mut args = Arguments::new(&stream);
     args.output(Some(sum));
     args.input(Some(x));
@@ -503,8 +503,9 @@ fn backward_typed<T: Element, P: Element>(
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
     let device = &args.x.0.device;
-    let views = BackwardViews::<T, P>::new(problem, args)?;
-    let slices = planned_backward(problem, device, &views, wanted)?;
+    let stream = device.cuda_stream();
+    let inputs = BackwardInputs::<T, P>::new(problem, args, &stream)?;
+    let slices = planned_backward(problem, device, &inputs, wanted)?;
     Ok(Gradients {
         dx: slices.dx.map(|s| wrap(s, device)),
         dweight: slices.dweight.map(|s| wrap(s, device)),
@@ -531,8 +532,9 @@ fn add_backward_typed<T: Element, P: Element>(
     wanted: Wanted,
 ) -> Result<AddGradients<CudaStorage>> {
     let device = &args.x.0.device;
-    let views = BackwardViews::<T, P>::new(problem, args)?;
-    let dsum = dsum.map(|d| view::<T>(problem, d)).transpose()?;
+    let stream = device.cuda_stream();
+    let inputs = BackwardInputs::<T, P>::new(problem, args, &stream)?;
+    let dsum = dsum.map(|d| input::<T>(problem, d, &stream)).transpose()?;
     let mut dresidual = (wanted.dx && dropout.is_some())
         .then(|| alloc::<T>(device, problem.rows * problem.cols))
         .transpose()?;
@@ -542,8 +544,8 @@ fn add_backward_typed<T: Element, P: Element>(
         dropout,
     };
     let gpu = gpu(problem.op_name(), device)?;
-    let xs = [&views.x, &views.dy].into_iter().chain(&dsum);
-    let access = access(problem, device, xs, &views.weight);
+    let xs = [&inputs.x, &inputs.dy].into_iter().chain(&dsum);
+    let access = access(problem, xs, &inputs.weight);
     let plan = match problem.is_empty() || !wanted.dx {
         true => None,
         false => plan::backward_add(problem, access, &gpu.facts)?,
@@ -557,13 +559,13 @@ fn add_backward_typed<T: Element, P: Element>(
                 &gpu,
                 &plan,
                 &mut out,
-                &views,
+                &inputs,
                 Some(arriving),
             )?;
             out
         }
         None => {
-            let mut slices = planned_backward(problem, device, &views, wanted)?;
+            let mut slices = planned_backward(problem, device, &inputs, wanted)?;
             if let Some(dx) = &mut slices.dx
                 && (dsum.is_some() || dropout.is_some())
             {
@@ -591,7 +593,8 @@ fn dropped_typed<T: Element>(
     dropout: Dropout,
 ) -> Result<CudaStorage> {
     let device = &d.0.device;
-    let d = view::<T>(problem, d)?;
+    let stream = device.cuda_stream();
+    let d = input::<T>(problem, d, &stream)?;
     let mut dx = alloc::<T>(device, problem.rows * problem.cols)?;
     let gpu = gpu(problem.op_name(), device)?;
     let arriving = Arriving {
@@ -605,7 +608,7 @@ fn dropped_typed<T: Element>(
 
 /// The gradient that arrives at the sum, and where that of the residual goes if it is not the one of x.
 struct Arriving<'a, T> {
-    dsum: Option<&'a CudaView<'a, T>>,
+    dsum: Option<&'a Input<'a, T>>,
     dresidual: Option<&'a mut CudaSlice<T>>,
     dropout: Option<Dropout>,
 }
@@ -624,7 +627,7 @@ fn add_gradient<T: Element>(
     }
     let stream = device.cuda_stream();
     let launch = plan::add(problem, &gpu.facts, "add_backward")?;
-    let starts = starts_on_16(&stream, arriving.dsum);
+    let starts = arriving.dsum.is_none_or(Input::starts_on_16);
     let mut args = Arguments::new(&stream);
     args.output(Some(dx));
     args.output(arriving.dresidual);
@@ -637,22 +640,26 @@ fn add_gradient<T: Element>(
 }
 
 /// What a backward pass reads.
-struct BackwardViews<'a, T: Element, P: Element> {
-    x: CudaView<'a, T>,
-    dy: CudaView<'a, T>,
-    weight: Option<CudaView<'a, P>>,
-    mean: Option<CudaView<'a, T::Acc>>,
-    rstd: CudaView<'a, T::Acc>,
+struct BackwardInputs<'a, T: Element, P: Element> {
+    x: Input<'a, T>,
+    dy: Input<'a, T>,
+    weight: Option<Input<'a, P>>,
+    mean: Option<Input<'a, T::Acc>>,
+    rstd: Input<'a, T::Acc>,
 }
 
-impl<'a, T: Element, P: Element> BackwardViews<'a, T, P> {
-    fn new(problem: &Problem, args: &BackwardArgs<Operand<'a>>) -> Result<Self> {
+impl<'a, T: Element, P: Element> BackwardInputs<'a, T, P> {
+    fn new(
+        problem: &Problem,
+        args: &BackwardArgs<Operand<'a>>,
+        stream: &'a CudaStream,
+    ) -> Result<Self> {
         Ok(Self {
-            x: view(problem, args.x)?,
-            dy: view(problem, args.dy)?,
-            weight: args.weight.map(|w| view(problem, w)).transpose()?,
-            mean: args.mean.map(|m| view(problem, m)).transpose()?,
-            rstd: view(problem, args.rstd)?,
+            x: input(problem, args.x, stream)?,
+            dy: input(problem, args.dy, stream)?,
+            weight: args.weight.map(|w| input(problem, w, stream)).transpose()?,
+            mean: args.mean.map(|m| input(problem, m, stream)).transpose()?,
+            rstd: input(problem, args.rstd, stream)?,
         })
     }
 }
@@ -712,17 +719,17 @@ fn in_parts(problem: &Problem, plan: &plan::Backward) -> bool {
 fn planned_backward<T: Element, P: Element>(
     problem: &Problem,
     device: &CudaDevice,
-    views: &BackwardViews<'_, T, P>,
+    inputs: &BackwardInputs<'_, T, P>,
     wanted: Wanted,
 ) -> Result<GradientSlices<T, P>> {
     if problem.is_empty() {
         return GradientSlices::zeros(problem, device, wanted);
     }
     let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, device, [&views.x, &views.dy], &views.weight);
+    let access = access(problem, [&inputs.x, &inputs.dy], &inputs.weight);
     let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
     let mut out = GradientSlices::alloc(problem, device, &plan, wanted)?;
-    gradients(problem, device, &gpu, &plan, &mut out, views, None)?;
+    gradients(problem, device, &gpu, &plan, &mut out, inputs, None)?;
     Ok(out)
 }
 
@@ -733,16 +740,16 @@ fn gradients<T: Element, P: Element>(
     gpu: &Gpu,
     plan: &plan::Backward,
     out: &mut GradientSlices<T, P>,
-    views: &BackwardViews<'_, T, P>,
+    inputs: &BackwardInputs<'_, T, P>,
     arriving: Option<Arriving<'_, T>>,
 ) -> Result<()> {
-    let BackwardViews {
+    let BackwardInputs {
         x,
         dy,
         weight,
         mean,
         rstd,
-    } = views;
+    } = inputs;
     let GradientSlices {
         dx,
         dweight,
@@ -808,7 +815,7 @@ fn gradients<T: Element, P: Element>(
             // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
             unsafe { args.launch(problem, device, &gpu.facts, sums)? };
             if dx.is_some() {
-                let part = part.slice(..);
+                let part = Input::new(part.slice(..), &stream);
                 let mut args = Arguments::new(&stream);
                 args.output(dx.as_mut());
                 args.input(Some(&part));
@@ -835,8 +842,12 @@ fn gradients<T: Element, P: Element>(
     if !in_parts || (dweight.is_none() && dbias.is_none()) {
         return Ok(());
     }
-    let dweight_part = dweight_part.as_ref().map(|p| p.slice(..));
-    let dbias_part = dbias_part.as_ref().map(|p| p.slice(..));
+    let dweight_part = dweight_part
+        .as_ref()
+        .map(|p| Input::new(p.slice(..), &stream));
+    let dbias_part = dbias_part
+        .as_ref()
+        .map(|p| Input::new(p.slice(..), &stream));
     let mut args = Arguments::new(&stream);
     args.output(dweight.as_mut());
     args.output(dbias.as_mut());
@@ -867,11 +878,12 @@ fn forward_kernel_typed<T: Element, P: Element>(
     Ok(Box::new(move || {
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
         let device = tensors[0].device().as_cuda_device()?;
-        let x = view::<T>(&problem, on_cuda(&locked[0])?)?;
-        let weight = view::<P>(&problem, on_cuda(&locked[1])?)?;
-        let bias = view::<P>(&problem, on_cuda(&locked[2])?)?;
+        let stream = device.cuda_stream();
+        let x = input::<T>(&problem, on_cuda(&locked[0])?, &stream)?;
+        let weight = input::<P>(&problem, on_cuda(&locked[1])?, &stream)?;
+        let bias = input::<P>(&problem, on_cuda(&locked[2])?, &stream)?;
         let gpu = gpu(problem.op_name(), device)?;
-        let access = access(&problem, device, [&x], [&weight, &bias]);
+        let access = access(&problem, [&x], [&weight, &bias]);
         let plan = tuning::plan(Direction::Forward, plan::forward, &problem, access, &gpu)?;
         let out = match &mut out {
             Some(out) => out,
@@ -908,16 +920,17 @@ fn backward_kernel_typed<T: Element, P: Element>(
             rstd: operand(3)?,
             dy: operand(4)?,
         };
-        let views = BackwardViews::<T, P>::new(&problem, &args)?;
         let device = tensors[0].device().as_cuda_device()?;
+        let stream = device.cuda_stream();
+        let inputs = BackwardInputs::<T, P>::new(&problem, &args, &stream)?;
         let gpu = gpu(problem.op_name(), device)?;
-        let access = access(&problem, device, [&views.x, &views.dy], &views.weight);
+        let access = access(&problem, [&inputs.x, &inputs.dy], &inputs.weight);
         let plan = tuning::plan(Direction::Backward, plan::backward, &problem, access, &gpu)?;
         let out = match &mut out {
             Some(out) => out,
             none => none.insert(GradientSlices::alloc(&problem, device, &plan, wanted)?),
         };
-        gradients(&problem, device, &gpu, &plan, out, &views, None)
+        gradients(&problem, device, &gpu, &plan, out, &inputs, None)
     }))
 }
 
