@@ -347,11 +347,11 @@ pub fn named_vars(varmap: &VarMap) -> BTreeMap<String, Var> {
         .collect()
 }
 
-/// Sets the variables as GPT-2 starts: matrices normal with standard deviation 0.02, smaller where a block adds to the
-/// residual stream, biases 0, norm weights 1.
+/// Sets the variables to begin with: matrices normal with standard deviation `std`, or else one over the root of their rows'
+/// length, and less where a block adds to the residual stream; biases 0, norm weights 1.
 ///
 /// candle draws the values of a new variable from a generator that cannot be seeded on the CPU; these come from `rng`.
-pub fn init(varmap: &VarMap, layers: usize, rng: &mut impl Rng) -> Result<()> {
+pub fn init(varmap: &VarMap, layers: usize, std: Option<f64>, rng: &mut impl Rng) -> Result<()> {
     for (name, var) in named_vars(varmap) {
         if var.rank() < 2 {
             let value = if name.ends_with("norm.weight") {
@@ -364,10 +364,11 @@ pub fn init(varmap: &VarMap, layers: usize, rng: &mut impl Rng) -> Result<()> {
         }
         let adds_to_residual =
             name.ends_with("attention.output.weight") || name.ends_with("mlp.down.weight");
+        let std = std.unwrap_or((var.dim(D::Minus1)? as f64).powf(-0.5));
         let std = if adds_to_residual {
-            0.02 / (2. * layers as f64).sqrt()
+            std / (2. * layers as f64).sqrt()
         } else {
-            0.02
+            std
         };
         let values: Vec<f32> = (0..var.elem_count())
             .map(|_| (std * standard_normal(rng)) as f32)
@@ -403,7 +404,7 @@ mod tests {
         let varmap = VarMap::new();
         let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
         let gpt = Gpt::new(config, vb).unwrap();
-        init(&varmap, 2, &mut StdRng::seed_from_u64(seed)).unwrap();
+        init(&varmap, 2, None, &mut StdRng::seed_from_u64(seed)).unwrap();
         (varmap, gpt)
     }
 

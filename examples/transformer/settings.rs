@@ -70,6 +70,8 @@ pub struct Settings {
     /// Characters in a window, the most that the model looks back on.
     pub context: usize,
     pub bias: bool,
+    /// Of the first matrices; without it, one over the root of their rows' length.
+    pub init_std: Option<f64>,
     pub dropout: f64,
     pub norm: NormKind,
     pub dtype: Precision,
@@ -98,6 +100,7 @@ impl Preset {
             channels: 384,
             context: 256,
             bias: false,
+            init_std: None,
             dropout: 0.2,
             norm: NormKind::Fused,
             dtype: Precision::F32,
@@ -168,6 +171,10 @@ pub struct Overrides {
     #[arg(long, value_name = "BOOL")]
     pub bias: Option<bool>,
 
+    /// Standard deviation of the first matrices, instead of one over the root of their rows' length; nanoGPT has 0.02
+    #[arg(long, value_name = "STD", allow_negative_numbers = true)]
+    pub init_std: Option<f64>,
+
     /// Share of activations set to 0 while training
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub dropout: Option<f64>,
@@ -227,6 +234,9 @@ impl Overrides {
             eval_every,
             seed
         );
+        if self.init_std.is_some() {
+            settings.init_std = self.init_std;
+        }
         if let Some(rate) = self.learning_rate {
             settings.min_learning_rate = rate / 10.;
         }
@@ -260,6 +270,12 @@ impl Settings {
             "--learning-rate is {}: give a finite number above 0",
             self.learning_rate
         );
+        if let Some(std) = self.init_std {
+            ensure!(
+                std.is_finite() && std > 0.,
+                "--init-std is {std}: give a finite number above 0"
+            );
+        }
         ensure!(
             (0. ..1.).contains(&self.dropout),
             "--dropout is {}: give a number from 0 to below 1",

@@ -93,7 +93,7 @@ impl<'a, C: Collective> Trainer<'a, C> {
         let vb = VarBuilder::from_varmap(&varmap, settings.dtype.dtype(), &device);
         let gpt = Gpt::new(Config::new(settings, corpus.vocabulary.len()), vb)?;
         let mut rng = rng(settings.seed, Purpose::Weights, 0, 0);
-        model::init(&varmap, settings.layers, &mut rng)?;
+        model::init(&varmap, settings.layers, settings.init_std, &mut rng)?;
         let mut this = Self {
             settings,
             corpus,
