@@ -412,24 +412,48 @@ mod avx512 {
 
     #[inline(always)]
     pub fn widen_bf16(simd: V4, from: &[bf16; 16]) -> [f32; 16] {
-        let avx = simd.avx512f;
-        let lanes = avx._mm512_cvtepu16_epi32(bytemuck::cast(*from));
-        bytemuck::cast(avx._mm512_slli_epi32::<16>(lanes))
+        let (avx, bw) = (simd.avx512f, simd.avx512bw);
+        let halves = avx._mm512_castsi256_si512(bytemuck::cast(*from));
+        let index = bytemuck::cast(TO_UPPER);
+        bytemuck::cast(bw._mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, index, halves))
     }
 
     #[inline(always)]
     pub fn narrow_bf16(simd: V4, from: &[f32; 16]) -> [bf16; 16] {
-        let avx = simd.avx512f;
+        let (avx, bw) = (simd.avx512f, simd.avx512bw);
         let value = bytemuck::cast(*from);
         let bits: __m512i = bytemuck::cast(*from);
-        let odd = avx._mm512_and_si512(avx._mm512_srli_epi32::<16>(bits), avx._mm512_set1_epi32(1));
+        let odd = avx._mm512_test_epi32_mask(bits, avx._mm512_set1_epi32(0x1_0000));
         let up = avx._mm512_add_epi32(bits, avx._mm512_set1_epi32(0x7fff));
-        let rounded = avx._mm512_add_epi32(up, odd);
+        let rounded = avx._mm512_mask_add_epi32(up, odd, bits, avx._mm512_set1_epi32(0x8000));
         let is_nan = avx._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
         let quiet_bit = avx._mm512_set1_epi32(0x40_0000);
         let lanes = avx._mm512_mask_or_epi32(rounded, is_nan, bits, quiet_bit);
-        bytemuck::cast(avx._mm512_cvtepi32_epi16(avx._mm512_srli_epi32::<16>(lanes)))
+        let halves = bw._mm512_permutexvar_epi16(bytemuck::cast(UPPER), lanes);
+        bytemuck::cast(avx._mm512_castsi512_si256(halves))
     }
+
+    /// The upper half of each lane, then of each lane again.
+    const UPPER: [u16; 32] = {
+        let mut from = [0; 32];
+        let mut half = 0;
+        while half < 32 {
+            from[half] = 2 * (half as u16 % 16) + 1;
+            half += 1;
+        }
+        from
+    };
+
+    /// Each of 16 halves twice.
+    const TO_UPPER: [u16; 32] = {
+        let mut from = [0; 32];
+        let mut half = 0;
+        while half < 32 {
+            from[half] = half as u16 / 2;
+            half += 1;
+        }
+        from
+    };
 
     #[inline(always)]
     pub fn widen_f16(simd: V4, from: &[f16; 16]) -> [f32; 16] {
