@@ -100,7 +100,7 @@ impl Preset {
             channels: 384,
             context: 256,
             bias: false,
-            init_std: None,
+            init_std: Some(0.02),
             dropout: 0.2,
             norm: NormKind::Fused,
             dtype: Precision::F32,
@@ -123,6 +123,7 @@ impl Preset {
                 heads: 4,
                 channels: 128,
                 context: 64,
+                init_std: None,
                 dropout: 0.,
                 batch_size: 12,
                 steps: 2000,
@@ -137,6 +138,7 @@ impl Preset {
                 channels: 96,
                 context: 64,
                 bias: true,
+                init_std: None,
                 dropout: 0.,
                 batch_size: 2,
                 steps: 2000,
@@ -329,10 +331,11 @@ mod tests {
             )
         };
         assert_eq!(size(&gpu), (6, 6, 384, 256, 64, 5000));
-        assert_eq!(gpu.dropout, 0.2);
+        assert_eq!((gpu.init_std, gpu.dropout), (Some(0.02), 0.2));
         let cpu = Preset::ShakespeareCpu.settings();
         assert_eq!(size(&cpu), (4, 4, 128, 64, 12, 2000));
-        assert_eq!(cpu.dropout, 0.);
+        // Not nanoGPT's first weights: examples/transformer/README.md has both.
+        assert_eq!((cpu.init_std, cpu.dropout), (None, 0.));
         for s in [gpu, cpu] {
             assert_eq!((s.learning_rate, s.min_learning_rate), (1e-3, 1e-4));
             assert_eq!((s.warm_up, s.beta2, s.weight_decay), (100, 0.99, 0.1));
