@@ -412,10 +412,9 @@ mod avx512 {
 
     #[inline(always)]
     pub fn widen_bf16(simd: V4, from: &[bf16; 16]) -> [f32; 16] {
-        let (avx, bw) = (simd.avx512f, simd.avx512bw);
-        let halves = avx._mm512_castsi256_si512(bytemuck::cast(*from));
-        let index = bytemuck::cast(TO_UPPER);
-        bytemuck::cast(bw._mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, index, halves))
+        let avx = simd.avx512f;
+        let lanes = avx._mm512_cvtepu16_epi32(bytemuck::cast(*from));
+        bytemuck::cast(avx._mm512_slli_epi32::<16>(lanes))
     }
 
     #[inline(always)]
@@ -439,17 +438,6 @@ mod avx512 {
         let mut half = 0;
         while half < 32 {
             from[half] = 2 * (half as u16 % 16) + 1;
-            half += 1;
-        }
-        from
-    };
-
-    /// Each of 16 halves twice.
-    const TO_UPPER: [u16; 32] = {
-        let mut from = [0; 32];
-        let mut half = 0;
-        while half < 32 {
-            from[half] = half as u16 / 2;
             half += 1;
         }
         from
