@@ -236,9 +236,7 @@ impl Overrides {
             eval_every,
             seed
         );
-        if self.init_std.is_some() {
-            settings.init_std = self.init_std;
-        }
+        settings.init_std = self.init_std.or(settings.init_std);
         if let Some(rate) = self.learning_rate {
             settings.min_learning_rate = rate / 10.;
         }
