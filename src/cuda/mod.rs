@@ -80,23 +80,93 @@ pub(crate) fn backward(
     dispatch!("CUDA", problem, T, P => backward_typed::<T, P>(problem, args, wanted))
 }
 
-/// The elements of a dense operand.
-fn input<'a, T: Element>(
-    problem: &Problem,
-    (storage, layout): Operand<'a>,
-    stream: &'a CudaStream,
-) -> Result<Input<'a, T>> {
-    let slice = storage.as_cuda_slice::<T>()?;
-    match layout.contiguous_offsets() {
-        // An empty view may start behind its storage's end.
-        Some((start, end)) if start == end => Ok(Input::new(slice.slice(..0), stream)),
-        Some((start, end)) => Ok(Input::new(slice.slice(start..end), stream)),
-        None => bail!(
-            "{}: expected a contiguous operand, got strides {:?} for shape {:?}",
-            problem.op_name(),
-            layout.stride(),
-            layout.dims()
-        ),
+/// A call, and where it runs.
+struct Call<'a> {
+    problem: &'a Problem,
+    device: &'a CudaDevice,
+    stream: Arc<CudaStream>,
+    gpu: Arc<Gpu>,
+}
+
+impl<'a> Call<'a> {
+    fn new(problem: &'a Problem, device: &'a CudaDevice) -> Result<Self> {
+        Ok(Self {
+            problem,
+            device,
+            stream: device.cuda_stream(),
+            gpu: gpu(problem.op_name(), device)?,
+        })
+    }
+
+    /// The elements of a dense operand.
+    fn input<'b, T: Element>(&'b self, (storage, layout): Operand<'b>) -> Result<Input<'b, T>> {
+        let slice = storage.as_cuda_slice::<T>()?;
+        let view = match layout.contiguous_offsets() {
+            // An empty view may start behind its storage's end.
+            Some((start, end)) if start == end => slice.slice(..0),
+            Some((start, end)) => slice.slice(start..end),
+            None => bail!(
+                "{}: expected a contiguous operand, got strides {:?} for shape {:?}",
+                self.problem.op_name(),
+                layout.stride(),
+                layout.dims()
+            ),
+        };
+        Ok(Input::new(view, &self.stream))
+    }
+
+    fn optional_input<'b, T: Element>(
+        &'b self,
+        operand: Option<Operand<'b>>,
+    ) -> Result<Option<Input<'b, T>>> {
+        operand.map(|o| self.input(o)).transpose()
+    }
+
+    /// What a kernel of this call has written.
+    fn read<'b, T>(&'b self, slice: &'b CudaSlice<T>) -> Input<'b, T> {
+        Input::new(slice.slice(..), &self.stream)
+    }
+
+    /// Uninitialised memory.
+    fn alloc<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
+        // SAFETY: the caller launches a kernel that writes all of it before anything reads it on the same stream.
+        unsafe { self.device.alloc(len) }
+    }
+
+    /// Where the blocks of each row meet, if they are in groups of the grid: `len` zeros.
+    fn meetings<A: Acc>(&self, len: usize) -> Result<Option<CudaSlice<A>>> {
+        match len {
+            0 => Ok(None),
+            len => Ok(Some(self.device.alloc_zeros(len)?)),
+        }
+    }
+
+    /// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
+    fn access<'b, T: 'b, P: 'b>(
+        &self,
+        xs: impl IntoIterator<Item = &'b Input<'b, T>>,
+        params: impl IntoIterator<Item = &'b Input<'b, P>>,
+    ) -> Access {
+        Access::of(
+            self.problem,
+            xs.into_iter().all(Input::starts_on_16),
+            params.into_iter().all(Input::starts_on_16),
+        )
+    }
+
+    fn arguments(&self) -> Arguments<'_> {
+        Arguments::new(&self.stream)
+    }
+
+    /// # Safety
+    /// As of [`Arguments::launch`].
+    unsafe fn launch(&self, args: Arguments<'_>, launch: &plan::Launch) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { args.launch(self.problem, self.device, &self.gpu.facts, launch) }
+    }
+
+    fn wrap<E: Element>(&self, slice: CudaSlice<E>) -> CudaStorage {
+        CudaStorage::wrap_cuda_slice(slice, self.device.clone())
     }
 }
 
@@ -144,19 +214,6 @@ fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts>
     })
 }
 
-/// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
-fn access<'a, T: 'a, P: 'a>(
-    problem: &Problem,
-    xs: impl IntoIterator<Item = &'a Input<'a, T>>,
-    params: impl IntoIterator<Item = &'a Input<'a, P>>,
-) -> Access {
-    Access::of(
-        problem,
-        xs.into_iter().all(Input::starts_on_16),
-        params.into_iter().all(Input::starts_on_16),
-    )
-}
-
 /// What a call over these tensors may choose from: x, or x and dy; weight and bias.
 pub(crate) fn candidates(
     problem: &Problem,
@@ -164,58 +221,41 @@ pub(crate) fn candidates(
     xs: &[&Tensor],
     params: &[&Tensor],
 ) -> Result<Candidates> {
-    let gpu = gpu(problem.op_name(), xs[0].device().as_cuda_device()?)?;
-    let access = dispatch!("CUDA", problem, T, P => access_of::<T, P>(problem, xs, params))?;
+    let call = Call::new(problem, xs[0].device().as_cuda_device()?)?;
+    let access = dispatch!("CUDA", problem, T, P => access_of::<T, P>(&call, xs, params))?;
     let candidates = match dir {
         Direction::Forward => plan::forward_candidates,
         Direction::Backward => plan::backward_candidates,
     };
     Ok(Candidates {
         access,
-        choices: candidates(problem, access, &gpu.facts)?,
+        choices: candidates(problem, access, &call.gpu.facts)?,
     })
 }
 
-/// As [`access`].
+/// As [`Call::access`].
 fn access_of<T: Element, P: Element>(
-    problem: &Problem,
+    call: &Call<'_>,
     xs: &[&Tensor],
     params: &[&Tensor],
 ) -> Result<Access> {
-    fn starts<E: Element>(problem: &Problem, tensor: &Tensor) -> Result<bool> {
-        let locked = tensor.storage_and_layout();
-        let (storage, layout) = on_cuda(&locked)?;
-        let stream = storage.device.cuda_stream();
-        Ok(input::<E>(problem, (storage, layout), &stream)?.starts_on_16())
+    fn start_on_16<E: Element>(call: &Call<'_>, tensors: &[&Tensor]) -> Result<bool> {
+        tensors.iter().try_fold(true, |all, tensor| {
+            let locked = tensor.storage_and_layout();
+            Ok(all & call.input::<E>(on_cuda(&locked)?)?.starts_on_16())
+        })
     }
-    let (mut xs_start, mut params_start) = (true, true);
-    for x in xs {
-        xs_start &= starts::<T>(problem, x)?;
-    }
-    for param in params {
-        params_start &= starts::<P>(problem, param)?;
-    }
-    Ok(Access::of(problem, xs_start, params_start))
+    Ok(Access::of(
+        call.problem,
+        start_on_16::<T>(call, xs)?,
+        start_on_16::<P>(call, params)?,
+    ))
 }
 
 /// As a tuning file has them.
 pub(crate) fn name_and_multiprocessors(device: &CudaDevice) -> Result<(String, usize)> {
     let gpu = gpu("tuning", device)?;
     Ok((gpu.name.clone(), gpu.facts.multiprocessors))
-}
-
-/// Where the blocks of each row meet, if they are in groups of the grid: `len` zeros.
-fn meetings<A: Acc>(device: &CudaDevice, len: usize) -> Result<Option<CudaSlice<A>>> {
-    match len {
-        0 => Ok(None),
-        len => Ok(Some(device.alloc_zeros(len)?)),
-    }
-}
-
-/// Uninitialised memory.
-fn alloc<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: the caller launches a kernel that writes all of it before anything reads it on the same stream.
-    unsafe { device.alloc(len) }
 }
 
 /// A residual, and where its sum with x goes.
@@ -239,18 +279,15 @@ fn forward_typed<T: Element, P: Element>(
     bias: Option<Operand<'_>>,
     keep: bool,
 ) -> Result<Forward<CudaStorage>> {
-    let device = &x.0.device;
-    let stream = device.cuda_stream();
-    let x = input::<T>(problem, x, &stream)?;
-    let weight = weight
-        .map(|w| input::<P>(problem, w, &stream))
-        .transpose()?;
-    let bias = bias.map(|b| input::<P>(problem, b, &stream)).transpose()?;
+    let call = Call::new(problem, &x.0.device)?;
+    let x = call.input::<T>(x)?;
+    let weight = call.optional_input::<P>(weight)?;
+    let bias = call.optional_input::<P>(bias)?;
     let params = [weight.as_ref(), bias.as_ref()];
-    let out = planned_forward(problem, device, &x, params, keep)?;
+    let out = planned_forward(&call, &x, params, keep)?;
     Ok(Forward {
-        ys: wrap(out.y, device),
-        statistics: out.statistics.map(|s| wrap(s, device)),
+        ys: call.wrap(out.y),
+        statistics: out.statistics.map(|s| call.wrap(s)),
     })
 }
 
@@ -269,66 +306,39 @@ fn add_forward_typed<T: Element, P: Element>(
     dropout: Option<Dropout>,
     keep: bool,
 ) -> Result<AddForward<CudaStorage>> {
-    let device = &args.x.0.device;
-    let stream = device.cuda_stream();
-    let x = input::<T>(problem, args.x, &stream)?;
-    let residual = input::<T>(problem, args.residual, &stream)?;
-    let weight = args
-        .weight
-        .map(|w| input::<P>(problem, w, &stream))
-        .transpose()?;
-    let bias = args
-        .bias
-        .map(|b| input::<P>(problem, b, &stream))
-        .transpose()?;
+    let call = Call::new(problem, &args.x.0.device)?;
+    let x = call.input::<T>(args.x)?;
+    let residual = call.input::<T>(args.residual)?;
+    let weight = call.optional_input::<P>(args.weight)?;
+    let bias = call.optional_input::<P>(args.bias)?;
     let params = [weight.as_ref(), bias.as_ref()];
-    let mut sum = alloc::<T>(device, problem.rows * problem.cols)?;
-    let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, [&x, &residual], params.into_iter().flatten());
+    let mut sum = call.alloc::<T>(problem.rows * problem.cols)?;
+    let access = call.access([&x, &residual], params.into_iter().flatten());
     let plan = match problem.is_empty() {
         true => None,
-        false => plan::forward_add(problem, access, &gpu.facts)?,
+        false => plan::forward_add(problem, access, &call.gpu.facts)?,
     };
     let out = match plan {
         Some(plan) => {
-            let mut out = Normalized::alloc(problem, device, keep)?;
+            let mut out = Normalized::alloc(&call, keep)?;
             let addend = Addend {
                 residual: &residual,
                 sum: &mut sum,
                 dropout,
             };
-            normalize(
-                problem,
-                device,
-                &gpu,
-                &plan,
-                &mut out,
-                &x,
-                params,
-                Some(addend),
-            )?;
+            normalize(&call, &plan, &mut out, &x, params, Some(addend))?;
             out
         }
         None => {
-            add(problem, device, &gpu, &mut sum, &x, &residual, dropout)?;
-            planned_forward(
-                problem,
-                device,
-                &Input::new(sum.slice(..), &stream),
-                params,
-                keep,
-            )?
+            add(&call, &mut sum, &x, &residual, dropout)?;
+            planned_forward(&call, &call.read(&sum), params, keep)?
         }
     };
     Ok(AddForward {
-        ys: wrap(out.y, device),
-        sum: wrap(sum, device),
-        statistics: out.statistics.map(|s| wrap(s, device)),
+        ys: call.wrap(out.y),
+        sum: call.wrap(sum),
+        statistics: out.statistics.map(|s| call.wrap(s)),
     })
-}
-
-fn wrap<E: Element>(slice: CudaSlice<E>, device: &CudaDevice) -> CudaStorage {
-    CudaStorage::wrap_cuda_slice(slice, device.clone())
 }
 
 /// y, and mean and rstd in one piece if they are to be kept.
@@ -339,13 +349,13 @@ struct Normalized<T: Element> {
 
 impl<T: Element> Normalized<T> {
     /// Uninitialised.
-    fn alloc(problem: &Problem, device: &CudaDevice, keep: bool) -> Result<Self> {
-        let rows = problem.rows;
+    fn alloc(call: &Call<'_>, keep: bool) -> Result<Self> {
+        let Problem { rows, cols, .. } = *call.problem;
         Ok(Self {
             statistics: keep
-                .then(|| alloc(device, means(problem) + rows))
+                .then(|| call.alloc(means(call.problem) + rows))
                 .transpose()?,
-            y: alloc(device, rows * problem.cols)?,
+            y: call.alloc(rows * cols)?,
         })
     }
 }
@@ -356,12 +366,14 @@ fn means(problem: &Problem) -> usize {
 }
 
 fn planned_forward<T: Element, P: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
+    call: &Call<'_>,
     x: &Input<'_, T>,
     params: [Option<&Input<'_, P>>; 2],
     keep: bool,
 ) -> Result<Normalized<T>> {
+    let Call {
+        problem, device, ..
+    } = *call;
     if problem.is_empty() {
         let statistics = keep.then(|| device.alloc_zeros(means(problem) + problem.rows));
         return Ok(Normalized {
@@ -369,27 +381,29 @@ fn planned_forward<T: Element, P: Element>(
             statistics: statistics.transpose()?,
         });
     }
-    let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, [x], params.into_iter().flatten());
-    let plan = tuning::plan(Direction::Forward, plan::forward, problem, access, &gpu)?;
-    let mut out = Normalized::alloc(problem, device, keep)?;
-    normalize(problem, device, &gpu, &plan, &mut out, x, params, None)?;
+    let access = call.access([x], params.into_iter().flatten());
+    let plan = tuning::plan(
+        Direction::Forward,
+        plan::forward,
+        problem,
+        access,
+        &call.gpu,
+    )?;
+    let mut out = Normalized::alloc(call, keep)?;
+    normalize(call, &plan, &mut out, x, params, None)?;
     Ok(out)
 }
 
 /// Runs a plan: of x, or of its sum with the `addend`, for which the plan is.
-#[expect(clippy::too_many_arguments)]
 fn normalize<T: Element, P: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
-    gpu: &Gpu,
+    call: &Call<'_>,
     plan: &plan::Forward,
     Normalized { y, statistics }: &mut Normalized<T>,
     x: &Input<'_, T>,
     [weight, bias]: [Option<&Input<'_, P>>; 2],
     addend: Option<Addend<'_, T>>,
 ) -> Result<()> {
-    let stream = device.cuda_stream();
+    let problem = call.problem;
     let (rows, cols) = (problem.rows, problem.cols);
     let (mut mean, mut rstd) = match statistics {
         Some(both) => {
@@ -401,8 +415,8 @@ fn normalize<T: Element, P: Element>(
     match plan.launches.as_slice() {
         [launch] => {
             let len = plan::meetings(problem, plan.regime, plan.blocks, plan::FORWARD_MESSAGE);
-            let mut meetings = meetings::<T::Acc>(device, len)?;
-            let mut args = Arguments::new(&stream);
+            let mut meetings = call.meetings::<T::Acc>(len)?;
+            let mut args = call.arguments();
             args.output(Some(&mut *y));
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
@@ -424,20 +438,20 @@ fn normalize<T: Element, P: Element>(
             // SAFETY: FORWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something to be added, then `meetings` and
             // `group_blocks`, which only the kernels of forward_ring.cu read. x, y, sum and residual are [rows, cols], mean and rstd
             // are [rows], weight and bias [cols], as Problem checked.
-            unsafe { args.launch(problem, device, &gpu.facts, launch)? };
+            unsafe { call.launch(args, launch)? };
         }
         [moments, normalize] => {
-            let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
-            let mut args = Arguments::new(&stream);
+            let mut part = call.alloc::<T::Acc>(rows * plan.blocks * 2)?;
+            let mut args = call.arguments();
             args.output(Some(&mut part));
             args.input(Some(x));
             args.i64(rows);
             args.i32(cols);
             args.bool(problem.remove_mean);
             // SAFETY: split_moments(part [rows, blocks] of pairs, x [rows, cols], rows, cols, remove_mean).
-            unsafe { args.launch(problem, device, &gpu.facts, moments)? };
-            let part = Input::new(part.slice(..), &stream);
-            let mut args = Arguments::new(&stream);
+            unsafe { call.launch(args, moments)? };
+            let part = call.read(&part);
+            let mut args = call.arguments();
             args.output(Some(&mut *y));
             args.output(mean.as_mut());
             args.output(rstd.as_mut());
@@ -451,7 +465,7 @@ fn normalize<T: Element, P: Element>(
             args.bool(problem.remove_mean);
             args.acc::<T::Acc>(problem.weight_offset());
             // SAFETY: split_normalize(y, mean, rstd, part, x, weight, bias, rows, cols, eps, remove_mean, weight_offset), of the shapes above.
-            unsafe { args.launch(problem, device, &gpu.facts, normalize)? };
+            unsafe { call.launch(args, normalize)? };
         }
         _ => bail!(
             "{}: expected a plan of one or two launches, got {plan:?}",
@@ -463,28 +477,26 @@ fn normalize<T: Element, P: Element>(
 
 /// sum = residual + dropout(x), in a launch of its own.
 fn add<T: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
-    gpu: &Gpu,
+    call: &Call<'_>,
     sum: &mut CudaSlice<T>,
     x: &Input<'_, T>,
     residual: &Input<'_, T>,
     dropout: Option<Dropout>,
 ) -> Result<()> {
+    let problem = call.problem;
     if problem.is_empty() {
         return Ok(());
     }
-    let stream = device.cuda_stream();
-    let launch = plan::add(problem, &gpu.facts, "add_forward")?;
+    let launch = plan::add(problem, &call.gpu.facts, "add_forward")?;
     let starts = x.starts_on_16() && residual.starts_on_16();
-    let mut args = Arguments::new(&stream);
+    let mut args = call.arguments();
     args.output(Some(sum));
     args.input(Some(x));
     args.input(Some(residual));
     elements(&mut args, problem, starts);
     dropout_arguments::<T::Acc>(&mut args, dropout);
     // SAFETY: add_forward(sum, x, residual, n, vectors, seed, threshold, scale); all are of n elements.
-    unsafe { args.launch(problem, device, &gpu.facts, &launch) }
+    unsafe { call.launch(args, &launch) }
 }
 
 /// n and vectors, as the kernels of add.cu take them.
@@ -502,14 +514,13 @@ fn backward_typed<T: Element, P: Element>(
     args: &BackwardArgs<Operand<'_>>,
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
-    let device = &args.x.0.device;
-    let stream = device.cuda_stream();
-    let inputs = BackwardInputs::<T, P>::new(problem, args, &stream)?;
-    let slices = planned_backward(problem, device, &inputs, wanted)?;
+    let call = Call::new(problem, &args.x.0.device)?;
+    let inputs = BackwardInputs::<T, P>::new(&call, args)?;
+    let slices = planned_backward(&call, &inputs, wanted)?;
     Ok(Gradients {
-        dx: slices.dx.map(|s| wrap(s, device)),
-        dweight: slices.dweight.map(|s| wrap(s, device)),
-        dbias: slices.dbias.map(|s| wrap(s, device)),
+        dx: slices.dx.map(|s| call.wrap(s)),
+        dweight: slices.dweight.map(|s| call.wrap(s)),
+        dbias: slices.dbias.map(|s| call.wrap(s)),
     })
 }
 
@@ -531,54 +542,44 @@ fn add_backward_typed<T: Element, P: Element>(
     dropout: Option<Dropout>,
     wanted: Wanted,
 ) -> Result<AddGradients<CudaStorage>> {
-    let device = &args.x.0.device;
-    let stream = device.cuda_stream();
-    let inputs = BackwardInputs::<T, P>::new(problem, args, &stream)?;
-    let dsum = dsum.map(|d| input::<T>(problem, d, &stream)).transpose()?;
+    let call = Call::new(problem, &args.x.0.device)?;
+    let inputs = BackwardInputs::<T, P>::new(&call, args)?;
+    let dsum = call.optional_input::<T>(dsum)?;
     let mut dresidual = (wanted.dx && dropout.is_some())
-        .then(|| alloc::<T>(device, problem.rows * problem.cols))
+        .then(|| call.alloc::<T>(problem.rows * problem.cols))
         .transpose()?;
     let arriving = Arriving {
         dsum: dsum.as_ref(),
         dresidual: dresidual.as_mut(),
         dropout,
     };
-    let gpu = gpu(problem.op_name(), device)?;
     let xs = [&inputs.x, &inputs.dy].into_iter().chain(&dsum);
-    let access = access(problem, xs, &inputs.weight);
+    let access = call.access(xs, &inputs.weight);
     let plan = match problem.is_empty() || !wanted.dx {
         true => None,
-        false => plan::backward_add(problem, access, &gpu.facts)?,
+        false => plan::backward_add(problem, access, &call.gpu.facts)?,
     };
     let slices = match plan {
         Some(plan) => {
-            let mut out = GradientSlices::alloc(problem, device, &plan, wanted)?;
-            gradients(
-                problem,
-                device,
-                &gpu,
-                &plan,
-                &mut out,
-                &inputs,
-                Some(arriving),
-            )?;
+            let mut out = GradientSlices::alloc(&call, &plan, wanted)?;
+            gradients(&call, &plan, &mut out, &inputs, Some(arriving))?;
             out
         }
         None => {
-            let mut slices = planned_backward(problem, device, &inputs, wanted)?;
+            let mut slices = planned_backward(&call, &inputs, wanted)?;
             if let Some(dx) = &mut slices.dx
                 && (dsum.is_some() || dropout.is_some())
             {
-                add_gradient(problem, device, &gpu, dx, true, arriving)?;
+                add_gradient(&call, dx, true, arriving)?;
             }
             slices
         }
     };
     Ok(AddGradients {
-        dx: slices.dx.map(|s| wrap(s, device)),
-        dresidual: dresidual.map(|s| wrap(s, device)),
-        dweight: slices.dweight.map(|s| wrap(s, device)),
-        dbias: slices.dbias.map(|s| wrap(s, device)),
+        dx: slices.dx.map(|s| call.wrap(s)),
+        dresidual: dresidual.map(|s| call.wrap(s)),
+        dweight: slices.dweight.map(|s| call.wrap(s)),
+        dbias: slices.dbias.map(|s| call.wrap(s)),
     })
 }
 
@@ -592,18 +593,16 @@ fn dropped_typed<T: Element>(
     d: Operand<'_>,
     dropout: Dropout,
 ) -> Result<CudaStorage> {
-    let device = &d.0.device;
-    let stream = device.cuda_stream();
-    let d = input::<T>(problem, d, &stream)?;
-    let mut dx = alloc::<T>(device, problem.rows * problem.cols)?;
-    let gpu = gpu(problem.op_name(), device)?;
+    let call = Call::new(problem, &d.0.device)?;
+    let d = call.input::<T>(d)?;
+    let mut dx = call.alloc::<T>(problem.rows * problem.cols)?;
     let arriving = Arriving {
         dsum: Some(&d),
         dresidual: None,
         dropout: Some(dropout),
     };
-    add_gradient(problem, device, &gpu, &mut dx, false, arriving)?;
-    Ok(wrap(dx, device))
+    add_gradient(&call, &mut dx, false, arriving)?;
+    Ok(call.wrap(dx))
 }
 
 /// The gradient that arrives at the sum, and where that of the residual goes if it is not the one of x.
@@ -615,20 +614,18 @@ struct Arriving<'a, T> {
 
 /// With `norm`, what dx holds is the norm's share of the sum's gradient. Writes dx and dresidual.
 fn add_gradient<T: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
-    gpu: &Gpu,
+    call: &Call<'_>,
     dx: &mut CudaSlice<T>,
     norm: bool,
     arriving: Arriving<'_, T>,
 ) -> Result<()> {
+    let problem = call.problem;
     if problem.is_empty() {
         return Ok(());
     }
-    let stream = device.cuda_stream();
-    let launch = plan::add(problem, &gpu.facts, "add_backward")?;
+    let launch = plan::add(problem, &call.gpu.facts, "add_backward")?;
     let starts = arriving.dsum.is_none_or(Input::starts_on_16);
-    let mut args = Arguments::new(&stream);
+    let mut args = call.arguments();
     args.output(Some(dx));
     args.output(arriving.dresidual);
     args.input(arriving.dsum);
@@ -636,7 +633,7 @@ fn add_gradient<T: Element>(
     elements(&mut args, problem, starts);
     dropout_arguments::<T::Acc>(&mut args, arriving.dropout);
     // SAFETY: add_backward(dx, dresidual, dsum, norm, n, vectors, seed, threshold, scale); all are of n elements.
-    unsafe { args.launch(problem, device, &gpu.facts, &launch) }
+    unsafe { call.launch(args, &launch) }
 }
 
 /// What a backward pass reads.
@@ -649,17 +646,13 @@ struct BackwardInputs<'a, T: Element, P: Element> {
 }
 
 impl<'a, T: Element, P: Element> BackwardInputs<'a, T, P> {
-    fn new(
-        problem: &Problem,
-        args: &BackwardArgs<Operand<'a>>,
-        stream: &'a CudaStream,
-    ) -> Result<Self> {
+    fn new(call: &'a Call<'_>, args: &BackwardArgs<Operand<'a>>) -> Result<Self> {
         Ok(Self {
-            x: input(problem, args.x, stream)?,
-            dy: input(problem, args.dy, stream)?,
-            weight: args.weight.map(|w| input(problem, w, stream)).transpose()?,
-            mean: args.mean.map(|m| input(problem, m, stream)).transpose()?,
-            rstd: input(problem, args.rstd, stream)?,
+            x: call.input(args.x)?,
+            dy: call.input(args.dy)?,
+            weight: call.optional_input(args.weight)?,
+            mean: call.optional_input(args.mean)?,
+            rstd: call.input(args.rstd)?,
         })
     }
 }
@@ -675,21 +668,17 @@ struct GradientSlices<T: Element, P: Element> {
 
 impl<T: Element, P: Element> GradientSlices<T, P> {
     /// Uninitialised.
-    fn alloc(
-        problem: &Problem,
-        device: &CudaDevice,
-        plan: &plan::Backward,
-        wanted: Wanted,
-    ) -> Result<Self> {
+    fn alloc(call: &Call<'_>, plan: &plan::Backward, wanted: Wanted) -> Result<Self> {
+        let problem = call.problem;
         let Problem { rows, cols, .. } = *problem;
-        let param = |wanted: bool| wanted.then(|| alloc(device, cols)).transpose();
+        let param = |wanted: bool| wanted.then(|| call.alloc(cols)).transpose();
         let partial = |wanted: bool| {
             (wanted && in_parts(problem, plan))
-                .then(|| alloc(device, plan.parts * plan::part_step(problem)))
+                .then(|| call.alloc(plan.parts * plan::part_step(problem)))
                 .transpose()
         };
         Ok(Self {
-            dx: wanted.dx.then(|| alloc(device, rows * cols)).transpose()?,
+            dx: wanted.dx.then(|| call.alloc(rows * cols)).transpose()?,
             dweight: param(wanted.dweight)?,
             dbias: param(wanted.dbias)?,
             dweight_part: partial(wanted.dweight)?,
@@ -698,7 +687,10 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
     }
 
     /// Of an empty tensor.
-    fn zeros(problem: &Problem, device: &CudaDevice, wanted: Wanted) -> Result<Self> {
+    fn zeros(call: &Call<'_>, wanted: Wanted) -> Result<Self> {
+        let Call {
+            problem, device, ..
+        } = *call;
         let param = |wanted: bool| wanted.then(|| device.alloc_zeros(problem.cols)).transpose();
         Ok(Self {
             dx: wanted.dx.then(|| device.alloc_zeros(0)).transpose()?,
@@ -717,27 +709,30 @@ fn in_parts(problem: &Problem, plan: &plan::Backward) -> bool {
 }
 
 fn planned_backward<T: Element, P: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
+    call: &Call<'_>,
     inputs: &BackwardInputs<'_, T, P>,
     wanted: Wanted,
 ) -> Result<GradientSlices<T, P>> {
+    let problem = call.problem;
     if problem.is_empty() {
-        return GradientSlices::zeros(problem, device, wanted);
+        return GradientSlices::zeros(call, wanted);
     }
-    let gpu = gpu(problem.op_name(), device)?;
-    let access = access(problem, [&inputs.x, &inputs.dy], &inputs.weight);
-    let plan = tuning::plan(Direction::Backward, plan::backward, problem, access, &gpu)?;
-    let mut out = GradientSlices::alloc(problem, device, &plan, wanted)?;
-    gradients(problem, device, &gpu, &plan, &mut out, inputs, None)?;
+    let access = call.access([&inputs.x, &inputs.dy], &inputs.weight);
+    let plan = tuning::plan(
+        Direction::Backward,
+        plan::backward,
+        problem,
+        access,
+        &call.gpu,
+    )?;
+    let mut out = GradientSlices::alloc(call, &plan, wanted)?;
+    gradients(call, &plan, &mut out, inputs, None)?;
     Ok(out)
 }
 
 /// Runs a plan. If it is one for a gradient that is `arriving` at the sum that x is, dx is the gradient of the sum's argument.
 fn gradients<T: Element, P: Element>(
-    problem: &Problem,
-    device: &CudaDevice,
-    gpu: &Gpu,
+    call: &Call<'_>,
     plan: &plan::Backward,
     out: &mut GradientSlices<T, P>,
     inputs: &BackwardInputs<'_, T, P>,
@@ -757,14 +752,14 @@ fn gradients<T: Element, P: Element>(
         dweight_part,
         dbias_part,
     } = out;
+    let problem = call.problem;
     let in_parts = in_parts(problem, plan);
-    let stream = device.cuda_stream();
     let (rows, cols) = (problem.rows, problem.cols);
     match plan.launches.as_slice() {
         [launch] => {
             let len = plan::meetings(problem, plan.regime, plan.blocks, plan::BACKWARD_MESSAGE);
-            let mut meetings = meetings::<T::Acc>(device, len)?;
-            let mut args = Arguments::new(&stream);
+            let mut meetings = call.meetings::<T::Acc>(len)?;
+            let mut args = call.arguments();
             args.output(dx.as_mut());
             if in_parts {
                 args.output(dweight_part.as_mut());
@@ -793,11 +788,11 @@ fn gradients<T: Element, P: Element>(
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
             // [plan.parts, part_step(cols)], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
-            unsafe { args.launch(problem, device, &gpu.facts, launch)? };
+            unsafe { call.launch(args, launch)? };
         }
         [sums, write_dx] => {
-            let mut part = alloc::<T::Acc>(device, rows * plan.blocks * 2)?;
-            let mut args = Arguments::new(&stream);
+            let mut part = call.alloc::<T::Acc>(rows * plan.blocks * 2)?;
+            let mut args = call.arguments();
             args.output(dweight.as_mut().filter(|_| !in_parts));
             args.output(dbias.as_mut().filter(|_| !in_parts));
             args.output(dweight_part.as_mut());
@@ -813,10 +808,10 @@ fn gradients<T: Element, P: Element>(
             args.acc::<T::Acc>(problem.weight_offset());
             // SAFETY: split_sums(dweight, dbias [cols], dweight_part, dbias_part [row groups, part_step(cols)], part [rows, blocks] of
             // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
-            unsafe { args.launch(problem, device, &gpu.facts, sums)? };
+            unsafe { call.launch(args, sums)? };
             if dx.is_some() {
-                let part = Input::new(part.slice(..), &stream);
-                let mut args = Arguments::new(&stream);
+                let part = call.read(&part);
+                let mut args = call.arguments();
                 args.output(dx.as_mut());
                 args.input(Some(&part));
                 args.input(Some(x));
@@ -830,7 +825,7 @@ fn gradients<T: Element, P: Element>(
                 args.acc::<T::Acc>(problem.weight_offset());
                 // SAFETY: split_gradients(dx, part, x, dy, weight, mean, rstd, rows, cols, remove_mean, weight_offset), of the shapes
                 // above.
-                unsafe { args.launch(problem, device, &gpu.facts, write_dx)? };
+                unsafe { call.launch(args, write_dx)? };
             }
         }
         _ => bail!(
@@ -842,13 +837,9 @@ fn gradients<T: Element, P: Element>(
     if !in_parts || (dweight.is_none() && dbias.is_none()) {
         return Ok(());
     }
-    let dweight_part = dweight_part
-        .as_ref()
-        .map(|p| Input::new(p.slice(..), &stream));
-    let dbias_part = dbias_part
-        .as_ref()
-        .map(|p| Input::new(p.slice(..), &stream));
-    let mut args = Arguments::new(&stream);
+    let dweight_part = dweight_part.as_ref().map(|p| call.read(p));
+    let dbias_part = dbias_part.as_ref().map(|p| call.read(p));
+    let mut args = call.arguments();
     args.output(dweight.as_mut());
     args.output(dbias.as_mut());
     args.input(dweight_part.as_ref());
@@ -856,7 +847,7 @@ fn gradients<T: Element, P: Element>(
     args.i32(plan.parts);
     args.i32(cols);
     // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, part_step(cols)], parts, cols).
-    unsafe { args.launch(problem, device, &gpu.facts, &plan.finalize) }
+    unsafe { call.launch(args, &plan.finalize) }
 }
 
 /// A forward pass over contiguous tensors that runs again and again into the same memory.
@@ -877,20 +868,23 @@ fn forward_kernel_typed<T: Element, P: Element>(
     let mut out = None;
     Ok(Box::new(move || {
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
-        let device = tensors[0].device().as_cuda_device()?;
-        let stream = device.cuda_stream();
-        let x = input::<T>(&problem, on_cuda(&locked[0])?, &stream)?;
-        let weight = input::<P>(&problem, on_cuda(&locked[1])?, &stream)?;
-        let bias = input::<P>(&problem, on_cuda(&locked[2])?, &stream)?;
-        let gpu = gpu(problem.op_name(), device)?;
-        let access = access(&problem, [&x], [&weight, &bias]);
-        let plan = tuning::plan(Direction::Forward, plan::forward, &problem, access, &gpu)?;
+        let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
+        let x = call.input::<T>(on_cuda(&locked[0])?)?;
+        let weight = call.input::<P>(on_cuda(&locked[1])?)?;
+        let bias = call.input::<P>(on_cuda(&locked[2])?)?;
+        let access = call.access([&x], [&weight, &bias]);
+        let plan = tuning::plan(
+            Direction::Forward,
+            plan::forward,
+            &problem,
+            access,
+            &call.gpu,
+        )?;
         let out = match &mut out {
             Some(out) => out,
-            none => none.insert(Normalized::alloc(&problem, device, true)?),
+            none => none.insert(Normalized::alloc(&call, true)?),
         };
-        let params = [Some(&weight), Some(&bias)];
-        normalize(&problem, device, &gpu, &plan, out, &x, params, None)
+        normalize(&call, &plan, out, &x, [Some(&weight), Some(&bias)], None)
     }))
 }
 
@@ -920,17 +914,21 @@ fn backward_kernel_typed<T: Element, P: Element>(
             rstd: operand(3)?,
             dy: operand(4)?,
         };
-        let device = tensors[0].device().as_cuda_device()?;
-        let stream = device.cuda_stream();
-        let inputs = BackwardInputs::<T, P>::new(&problem, &args, &stream)?;
-        let gpu = gpu(problem.op_name(), device)?;
-        let access = access(&problem, [&inputs.x, &inputs.dy], &inputs.weight);
-        let plan = tuning::plan(Direction::Backward, plan::backward, &problem, access, &gpu)?;
+        let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
+        let inputs = BackwardInputs::<T, P>::new(&call, &args)?;
+        let access = call.access([&inputs.x, &inputs.dy], &inputs.weight);
+        let plan = tuning::plan(
+            Direction::Backward,
+            plan::backward,
+            &problem,
+            access,
+            &call.gpu,
+        )?;
         let out = match &mut out {
             Some(out) => out,
-            none => none.insert(GradientSlices::alloc(&problem, device, &plan, wanted)?),
+            none => none.insert(GradientSlices::alloc(&call, &plan, wanted)?),
         };
-        gradients(&problem, device, &gpu, &plan, out, &inputs, None)
+        gradients(&call, &plan, out, &inputs, None)
     }))
 }
 
