@@ -2,6 +2,7 @@
 
 use pulp::Simd;
 use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut, Range};
 
 /// The unit that caches and memory exchange, in bytes.
 pub(crate) const LINE: usize = 64;
@@ -30,6 +31,39 @@ impl<T> Fresh<T> {
         // SAFETY: the capacity is at least `len`, and the caller has written that many values.
         unsafe { self.values.set_len(self.len) };
         self.values
+    }
+}
+
+/// Values of a row's columns, of which the one behind the first `head` starts at a cache line, as it does in an output with
+/// [`super::row::head_of`] so many columns: vectors that cross lines take twice as long.
+pub(crate) struct InLine<A> {
+    values: Vec<A>,
+    columns: Range<usize>,
+}
+
+impl<A: bytemuck::Pod> InLine<A> {
+    pub fn zeros(len: usize, head: usize) -> Self {
+        let line = LINE / size_of::<A>();
+        let values = vec![A::zeroed(); len + 2 * line];
+        let skip = values.as_ptr().align_offset(LINE) + head.wrapping_neg() % line;
+        Self {
+            values,
+            columns: skip..skip + len,
+        }
+    }
+}
+
+impl<A> Deref for InLine<A> {
+    type Target = [A];
+
+    fn deref(&self) -> &[A] {
+        &self.values[self.columns.clone()]
+    }
+}
+
+impl<A> DerefMut for InLine<A> {
+    fn deref_mut(&mut self) -> &mut [A] {
+        &mut self.values[self.columns.clone()]
     }
 }
 
@@ -62,8 +96,8 @@ fn in_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 
 /// Bytes of a row that is worth to begin at a cache line.
 pub(crate) const WIDE: usize = 32 * LINE;
-/// Outputs from this size on may be written past the caches, of which few are larger.
-const STREAMED_BYTES: usize = 32 << 20;
+/// Outputs from this size on may be written past the caches: with what is read for them, they are more than most hold.
+const STREAMED_BYTES: usize = 16 << 20;
 
 /// Whether to write rows of `cols` slots past the caches, without reading them first: if they are more than a cache holds, memory is
 /// there, and few lines belong to two rows. A page that is not there is zeroed at the first write to it, and then in a cache.
@@ -157,4 +191,30 @@ pub(crate) fn prefetch<T>(values: &[T], index: usize) {
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = place;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_start_a_line_behind_the_head() {
+        fn check<A: bytemuck::Pod + PartialEq + std::fmt::Debug>() {
+            for len in [0, 1, 64, 769] {
+                for head in 0..2 * LINE {
+                    let mut values = InLine::<A>::zeros(len, head);
+                    assert_eq!(*values, vec![A::zeroed(); len]);
+                    let at_head = values.as_ptr().wrapping_add(head);
+                    assert_eq!(
+                        at_head.align_offset(LINE),
+                        0,
+                        "{len} columns, {head} of them before"
+                    );
+                    values.fill(A::zeroed());
+                }
+            }
+        }
+        check::<f32>();
+        check::<f64>();
+    }
 }

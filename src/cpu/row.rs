@@ -6,7 +6,7 @@
 
 use super::SERIAL_ELEMENTS;
 use super::element::{Acc, CHUNK, Element, Sums, Vector, lanes_of};
-use super::memory::{LINE, WIDE, prefetch};
+use super::memory::{InLine, LINE, WIDE, prefetch};
 use super::simd::{Isa, with_vectors};
 use crate::problem::Problem;
 use pulp::Simd;
@@ -42,15 +42,17 @@ impl<'a, P: Element> Param<'a, P> {
         }
     }
 
-    /// The values in the accumulation type, with `offset` added there.
-    pub fn widened(self, offset: P::Acc) -> Option<Vec<P::Acc>> {
-        let widened = |value: &P| value.widen() + offset;
-        let values = self.values?;
-        Some(if values.len() <= SERIAL_ELEMENTS {
-            values.iter().map(widened).collect()
+    /// The values in the accumulation type, with `offset` added there; behind `head` of them a line begins.
+    pub fn widened(self, offset: P::Acc, head: usize) -> Option<InLine<P::Acc>> {
+        let from = self.values?;
+        let mut widened = InLine::zeros(from.len(), head);
+        let widen = |(to, from): (&mut P::Acc, &P)| *to = from.widen() + offset;
+        if from.len() <= SERIAL_ELEMENTS {
+            widened.iter_mut().zip(from).for_each(widen);
         } else {
-            values.par_iter().map(widened).collect()
-        })
+            widened.par_iter_mut().zip(from).for_each(widen);
+        }
+        Some(widened)
     }
 
     /// The same, with `column` as the first.
@@ -335,7 +337,7 @@ fn for_each_line<T: Element>(
 /// Elements before the first cache line that starts in a wide row. Writes past the caches are of whole lines; others that cross
 /// lines take twice as long, and allocators put large tensors 16 bytes after the start of a page.
 #[inline(always)]
-fn head_of<T>(row: &[T]) -> usize {
+pub(crate) fn head_of<T>(row: &[T]) -> usize {
     if size_of_val(row) < WIDE {
         return 0;
     }
