@@ -34,8 +34,8 @@ impl<T> Fresh<T> {
     }
 }
 
-/// Values of a row's columns, of which the one behind the first `head` starts at a cache line, as it does in an output with
-/// [`super::row::head_of`] so many columns: vectors that cross lines take twice as long.
+/// Values of a row's columns, of which the one behind the first `head` starts at a cache line, as it does in an output of which
+/// [`super::row::head_of_first`] is that: vectors that cross lines take twice as long.
 pub(crate) struct InLine<A> {
     values: Vec<A>,
     columns: Range<usize>,

@@ -213,7 +213,7 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> ForwardPass<'a, T, P> {
         let converts = size_of::<P>() < size_of::<T::Acc>();
         let copy = rows >= if converts { 4 } else { 16 } && cols <= WIDENED_COLUMNS;
         if copy || self.problem.zero_centered_weight {
-            let head = row::head_of(&y[..y.len().min(cols)]);
+            let head = row::head_of_first(y, cols);
             let weight = self.weight.widened(offset, head);
             let bias = self.bias.widened(Acc::of_f64(0.), head);
             let pass = ForwardPass::<T, T::Acc> {
@@ -535,7 +535,7 @@ where
             let runs = block.len().div_ceil(ROWS_PER_SUM);
             let part = zeroed(part);
             let (of_dweight, of_dbias) = part.split_at_mut(dweight.len());
-            let head = row::head_of(&dx[..dx.len().min(cols)]);
+            let head = row::head_of_first(dx, cols);
             let [mut dweight, mut dbias] =
                 [dweight.len(), dbias.len()].map(|len| InLine::zeros(len, head));
             let dx = chunks_of(dx, ROWS_PER_SUM * cols, runs);
@@ -724,7 +724,7 @@ where
                 // Strips are whole lines, so that all of a row's start alike.
                 let head = dx
                     .first()
-                    .map_or(0, |(_, dx)| row::head_of(&dx[..dx.len().min(width)]));
+                    .map_or(0, |(_, dx)| row::head_of_first(dx, width));
                 let [mut dweight_here, mut dbias_here] =
                     [(); 2].map(|()| InLine::zeros(width, head));
                 let starts = (0..columns.len()).step_by(STRIP);
@@ -735,13 +735,15 @@ where
                     let wanted = |wanted| if wanted { end - start } else { 0 };
                     let dweight = &mut dweight_here[..wanted(self.wanted.dweight)];
                     let dbias = &mut dbias_here[..wanted(self.wanted.dbias)];
-                    dweight.fill(Acc::of_f64(0.));
-                    dbias.fill(Acc::of_f64(0.));
-                    if !dweight_so_far.is_empty() {
-                        dweight.copy_from_slice(&dweight_so_far[start..end]);
-                    }
-                    if !dbias_so_far.is_empty() {
-                        dbias.copy_from_slice(&dbias_so_far[start..end]);
+                    for (sums, so_far) in [
+                        (&mut *dweight, &*dweight_so_far),
+                        (&mut *dbias, &*dbias_so_far),
+                    ] {
+                        if so_far.is_empty() {
+                            sums.fill(Acc::of_f64(0.));
+                        } else {
+                            sums.copy_from_slice(&so_far[start..end]);
+                        }
                     }
                     for (row, (scales, dx)) in zip(rows.clone(), &mut dx) {
                         let here = columns.start + start..columns.start + end;

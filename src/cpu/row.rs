@@ -337,11 +337,16 @@ fn for_each_line<T: Element>(
 /// Elements before the first cache line that starts in a wide row. Writes past the caches are of whole lines; others that cross
 /// lines take twice as long, and allocators put large tensors 16 bytes after the start of a page.
 #[inline(always)]
-pub(crate) fn head_of<T>(row: &[T]) -> usize {
+fn head_of<T>(row: &[T]) -> usize {
     if size_of_val(row) < WIDE {
         return 0;
     }
     row.as_ptr().align_offset(LINE)
+}
+
+/// The same of the first of `rows`, which are `cols` wide; 0 if there are none.
+pub(crate) fn head_of_first<T>(rows: &[T], cols: usize) -> usize {
+    head_of(&rows[..rows.len().min(cols)])
 }
 
 /// The columns of a block of a row, of which there is one more than [`CHUNK`]s: all but the first start at a cache line.
