@@ -154,6 +154,16 @@ impl<'a> Call<'a> {
         )
     }
 
+    fn forward_plan(&self, access: Access) -> Result<plan::Forward> {
+        let dir = Direction::Forward;
+        tuning::plan(dir, plan::forward, self.problem, access, &self.gpu)
+    }
+
+    fn backward_plan(&self, access: Access) -> Result<plan::Backward> {
+        let dir = Direction::Backward;
+        tuning::plan(dir, plan::backward, self.problem, access, &self.gpu)
+    }
+
     fn arguments(&self) -> Arguments<'_> {
         Arguments::new(&self.stream)
     }
@@ -382,13 +392,7 @@ fn planned_forward<T: Element, P: Element>(
         });
     }
     let access = call.access([x], params.into_iter().flatten());
-    let plan = tuning::plan(
-        Direction::Forward,
-        plan::forward,
-        problem,
-        access,
-        &call.gpu,
-    )?;
+    let plan = call.forward_plan(access)?;
     let mut out = Normalized::alloc(call, keep)?;
     normalize(call, &plan, &mut out, x, params, None)?;
     Ok(out)
@@ -718,13 +722,7 @@ fn planned_backward<T: Element, P: Element>(
         return GradientSlices::zeros(call, wanted);
     }
     let access = call.access([&inputs.x, &inputs.dy], &inputs.weight);
-    let plan = tuning::plan(
-        Direction::Backward,
-        plan::backward,
-        problem,
-        access,
-        &call.gpu,
-    )?;
+    let plan = call.backward_plan(access)?;
     let mut out = GradientSlices::alloc(call, &plan, wanted)?;
     gradients(call, &plan, &mut out, inputs, None)?;
     Ok(out)
@@ -873,13 +871,7 @@ fn forward_kernel_typed<T: Element, P: Element>(
         let weight = call.input::<P>(on_cuda(&locked[1])?)?;
         let bias = call.input::<P>(on_cuda(&locked[2])?)?;
         let access = call.access([&x], [&weight, &bias]);
-        let plan = tuning::plan(
-            Direction::Forward,
-            plan::forward,
-            &problem,
-            access,
-            &call.gpu,
-        )?;
+        let plan = call.forward_plan(access)?;
         let out = match &mut out {
             Some(out) => out,
             none => none.insert(Normalized::alloc(&call, true)?),
@@ -917,13 +909,7 @@ fn backward_kernel_typed<T: Element, P: Element>(
         let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
         let inputs = BackwardInputs::<T, P>::new(&call, &args)?;
         let access = call.access([&inputs.x, &inputs.dy], &inputs.weight);
-        let plan = tuning::plan(
-            Direction::Backward,
-            plan::backward,
-            &problem,
-            access,
-            &call.gpu,
-        )?;
+        let plan = call.backward_plan(access)?;
         let out = match &mut out {
             Some(out) => out,
             none => none.insert(GradientSlices::alloc(&call, &plan, wanted)?),

@@ -277,22 +277,28 @@ pub const GRID: &[GridShape] = &[
     },
 ];
 
-/// The shapes that are held with `dtypes`. `LAYER_NORM_GRID=I/N` takes every Nth, from the Ith on, for runs in several processes.
+/// The shapes that are held with `dtypes`. For runs in several processes, `LAYER_NORM_GRID=I/N` takes every Nth, from the Ith on, and
+/// `LAYER_NORM_GRID_ELEMENTS=A..B` those of at least A and less than B elements.
 pub fn grid(dtypes: Dtypes) -> impl Iterator<Item = &'static GridShape> {
-    let (part, parts) = match std::env::var("LAYER_NORM_GRID") {
-        Ok(value) => value
-            .split_once('/')
-            .and_then(|(part, parts)| Some((part.parse().ok()?, parts.parse().ok()?)))
-            .filter(|(part, parts)| part < parts)
-            .unwrap_or_else(|| {
-                panic!("LAYER_NORM_GRID: expected I/N with I less than N, got `{value}`")
-            }),
-        Err(_) => (0, 1),
-    };
+    let (part, parts) = pair_from_env("LAYER_NORM_GRID", "/").unwrap_or((0, 1));
+    let (least, end) = pair_from_env("LAYER_NORM_GRID_ELEMENTS", "..").unwrap_or((0, usize::MAX));
     GRID.iter()
         .filter(move |shape| shape.dtypes.contains(&dtypes))
+        .filter(move |shape| (least..end).contains(&(shape.rows * shape.cols)))
         .skip(part)
         .step_by(parts)
+}
+
+/// Two numbers, the first below the second.
+fn pair_from_env(variable: &str, separator: &str) -> Option<(usize, usize)> {
+    let value = std::env::var(variable).ok()?;
+    let pair = value
+        .split_once(separator)
+        .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)))
+        .filter(|(a, b)| a < b);
+    Some(pair.unwrap_or_else(|| {
+        panic!("{variable}: expected A{separator}B with A less than B, got `{value}`")
+    }))
 }
 
 /// A test for each of `Dtypes::ALL`, which calls `$check` with them.
