@@ -7,7 +7,8 @@
 //!
 //! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
 //! evicts L2 and hides the host's latency: `ours` are the kernels, which write memory that is there, `ours_op` the whole op, of
-//! which the stream also sees that memory is taken and given back (about 1 us), and `op wall us` the host's time of it; the
+//! which the stream also sees that memory is taken and given back (about 1 us), `ours_untracked` the op that keeps nothing for a
+//! backward pass, and `op wall us` the time of a call among many, the host's where that is more; the
 //! roofline is the better of two copies (forward) or adds (backward) of 16-byte vectors over tensors of the same size. On the
 //! CPU it is wall time, and the calls that are compared take turns:
 //! `kernel` writes memory that is there, `ours` is the whole op, whose outputs are fresh, and the roofline is the faster of
@@ -37,7 +38,7 @@ trait Bench {
     fn time(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
     /// Microseconds of a copy (`inputs` = 1) or an add (2) of tensors of `bytes` each.
     fn roof(&mut self, inputs: usize, bytes: usize) -> Result<f64>;
-    /// Microseconds of wall time a call, over many calls queued at once.
+    /// Microseconds of wall time a call: the median of several rounds of many calls queued at once.
     fn wall(&mut self, call: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
 }
 
@@ -282,6 +283,16 @@ fn measure(
     let us = machine.time(&mut op)?;
     let wall = machine.wall(&mut op)?;
     out.push(row("fwd", "ours_op", us, Some(roof), Some(wall)));
+    // As in inference, and as candle-nn's fused op always is: nothing is kept for a backward pass.
+    let untracked = [&x, &weight, &bias].map(|var| var.detach());
+    let mut op = || -> Result<()> {
+        let [x, weight, bias] = &untracked;
+        ops::layer_norm(x, weight, bias, EPS as f32)?;
+        Ok(())
+    };
+    let us = machine.time(&mut op)?;
+    let wall = machine.wall(&mut op)?;
+    out.push(row("fwd", "ours_untracked", us, Some(roof), Some(wall)));
     if param_dtype == dtype && dtype != DType::F64 {
         let mut fused = || -> Result<()> {
             candle_nn::ops::layer_norm(&x, &weight, &bias, EPS as f32)?;
