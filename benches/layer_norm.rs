@@ -8,11 +8,10 @@
 //! A time is the median over `--reps` calls. On CUDA it lies between two events around the call, behind a 1 GiB memset that
 //! evicts L2 and hides the host's latency: `ours` are the kernels, which write memory that is there, `ours_op` the whole op, of
 //! which the stream also sees that memory is taken and given back (about 1 us), `ours_untracked` the op that keeps nothing for a
-//! backward pass, and `op wall us` the time of a call among many, the host's where that is more; the
-//! roofline is the better of two copies (forward) or adds (backward) of 16-byte vectors over tensors of the same size. On the
-//! CPU it is wall time, and the calls that are compared take turns:
-//! `kernel` writes memory that is there, `ours` is the whole op, whose outputs are fresh, and the roofline is the faster of
-//! two parallel copies or adds over memory that is there. benches/README.md has the comparison with PyTorch.
+//! backward pass, and `op wall us` the time of a call among many, the host's where that is more; the roofline is the better of two
+//! copies (forward) or adds (backward) of 16-byte vectors over tensors of the same size. On the CPU it is wall time, and the calls
+//! that are compared take turns: `kernel` writes memory that is there, `ours` is the whole op, whose outputs are fresh, and the
+//! roofline is the faster of two parallel copies or adds over memory that is there. benches/README.md has the comparison with PyTorch.
 //! CUDA_CACHE_DISABLE=1 shows what a first call costs where the driver has not compiled the kernels before.
 //! Before a time is reported, the result is compared with the composed ops in f64.
 
@@ -259,30 +258,22 @@ fn measure(
     };
     let mut out = Vec::new();
     let roof = machine.roof(1, bytes)?;
-    let row = |dir, name, us, roof, wall_us| Row {
+    let row = |dir, name, us, roof| Row {
         dir,
         name,
         us,
         roof,
-        wall_us,
+        wall_us: None,
     };
-    out.push(row("fwd", "roof", roof, None, None));
+    out.push(row("fwd", "roof", roof, None));
     let [mut forward_kernel, mut backward_kernel] = cuda_kernels(&x, &weight, &bias, &dy)?;
     let mut kernel = || Ok(forward_kernel()?);
-    out.push(row(
-        "fwd",
-        "ours",
-        machine.time(&mut kernel)?,
-        Some(roof),
-        None,
-    ));
+    out.push(row("fwd", "ours", machine.time(&mut kernel)?, Some(roof)));
     let mut op = || -> Result<()> {
         let _ = bench::layer_norm(&x, &weight, &bias, EPS)?;
         Ok(())
     };
-    let us = machine.time(&mut op)?;
-    let wall = machine.wall(&mut op)?;
-    out.push(row("fwd", "ours_op", us, Some(roof), Some(wall)));
+    out.push(whole_op(machine.as_mut(), "fwd", "ours_op", roof, &mut op)?);
     // As in inference, and as candle-nn's fused op always is: nothing is kept for a backward pass.
     let untracked = [&x, &weight, &bias].map(|var| var.detach());
     let mut op = || -> Result<()> {
@@ -290,49 +281,34 @@ fn measure(
         ops::layer_norm(x, weight, bias, EPS as f32)?;
         Ok(())
     };
-    let us = machine.time(&mut op)?;
-    let wall = machine.wall(&mut op)?;
-    out.push(row("fwd", "ours_untracked", us, Some(roof), Some(wall)));
+    let name = "ours_untracked";
+    out.push(whole_op(machine.as_mut(), "fwd", name, roof, &mut op)?);
     if param_dtype == dtype && dtype != DType::F64 {
         let mut fused = || -> Result<()> {
             candle_nn::ops::layer_norm(&x, &weight, &bias, EPS as f32)?;
             Ok(())
         };
-        let us = machine.time(&mut fused)?;
-        out.push(row(
-            "fwd",
-            "candle_fused",
-            us,
-            Some(roof),
-            Some(machine.wall(&mut fused)?),
-        ));
+        let name = "candle_fused";
+        out.push(whole_op(machine.as_mut(), "fwd", name, roof, &mut fused)?);
     }
     if args.slow {
         let us = machine.time(&mut || {
             candle_nn::ops::layer_norm_slow(&x, &weight, &bias, EPS as f32)?;
             Ok(())
         })?;
-        out.push(row("fwd", "candle_slow", us, Some(roof), None));
+        out.push(row("fwd", "candle_slow", us, Some(roof)));
     }
 
     let roof = machine.roof(2, bytes)?;
-    out.push(row("bwd", "roof", roof, None, None));
+    out.push(row("bwd", "roof", roof, None));
     let mut kernel = || Ok(backward_kernel()?);
-    out.push(row(
-        "bwd",
-        "ours",
-        machine.time(&mut kernel)?,
-        Some(roof),
-        None,
-    ));
+    out.push(row("bwd", "ours", machine.time(&mut kernel)?, Some(roof)));
     drop(backward_kernel);
     let mut op = || -> Result<()> {
         backward(&dy)?;
         Ok(())
     };
-    let us = machine.time(&mut op)?;
-    let wall = machine.wall(&mut op)?;
-    out.push(row("bwd", "ours_op", us, Some(roof), Some(wall)));
+    out.push(whole_op(machine.as_mut(), "bwd", "ours_op", roof, &mut op)?);
     if args.slow {
         // The graph's own part: what candle's backward does for sum(y * dy) before it reaches the norm is in it too.
         let y = candle_nn::ops::layer_norm_slow(&x, &weight, &bias, EPS as f32)?;
@@ -341,7 +317,7 @@ fn measure(
             loss.backward()?;
             Ok(())
         })?;
-        out.push(row("bwd", "candle_slow", us, Some(roof), None));
+        out.push(row("bwd", "candle_slow", us, Some(roof)));
     }
     if args.more {
         let (weight, bias) = (weight.detach(), bias.detach());
@@ -350,7 +326,7 @@ fn measure(
             frozen(&dy)?;
             Ok(())
         })?;
-        out.push(row("bwd", "frozen", us, Some(roof), None));
+        out.push(row("bwd", "frozen", us, Some(roof)));
         let residual = Var::from_tensor(&random(&[rows, cols], 0., 1., dtype)?)?;
         out.extend(measure_add(
             machine.as_mut(),
@@ -362,6 +338,23 @@ fn measure(
         )?);
     }
     Ok(out)
+}
+
+/// Times an op with its outputs' allocation, on the stream and by the host's clock.
+fn whole_op(
+    machine: &mut dyn Bench,
+    dir: &'static str,
+    name: &'static str,
+    roof: f64,
+    call: &mut dyn FnMut() -> Result<()>,
+) -> Result<Row> {
+    Ok(Row {
+        dir,
+        name,
+        us: machine.time(call)?,
+        roof: Some(roof),
+        wall_us: Some(machine.wall(call)?),
+    })
 }
 
 /// The kernels of both passes, over memory that is there.
@@ -424,13 +417,7 @@ fn measure_add(
     let backward_roof = machine.roof(2, bytes)? * 4. / 3.;
     let mut out = Vec::new();
     let mut time = |dir, name, roof, call: &mut dyn FnMut() -> Result<()>| -> Result<()> {
-        out.push(Row {
-            dir,
-            name,
-            us: machine.time(call)?,
-            roof: Some(roof),
-            wall_us: Some(machine.wall(call)?),
-        });
+        out.push(whole_op(machine, dir, name, roof, call)?);
         Ok(())
     };
     time("fwd", "add_fused", forward_roof, &mut || {

@@ -443,10 +443,7 @@ impl Tuner {
                 times.push(self.time(pass, choice)?);
             }
         }
-        Ok(times.map(|mut times| {
-            times.sort_by(f64::total_cmp);
-            times[ROUNDS / 2]
-        }))
+        Ok(times.map(cuda::median))
     }
 }
 

@@ -97,8 +97,7 @@ impl Bench for Cuda {
         for (start, end) in &events {
             times.push(f64::from(start.elapsed_ms(end)?) * 1e3);
         }
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        Ok(median(times))
     }
 
     fn roof(&mut self, inputs: usize, bytes: usize) -> Result<f64> {
@@ -144,10 +143,13 @@ impl Bench for Cuda {
         round(3)?;
         // Many: behind a synchronisation the driver takes back freed memory, and the next calls' allocations map it again.
         let calls = (WALL_US / round(20)?).clamp(20., 2000.) as u32;
-        let mut times = (0..WALL_ROUNDS)
-            .map(|_| round(calls))
-            .collect::<Result<Vec<_>>>()?;
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        let times = (0..WALL_ROUNDS).map(|_| round(calls));
+        Ok(median(times.collect::<Result<_>>()?))
     }
+}
+
+/// Of an odd number of times.
+pub fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
