@@ -26,7 +26,7 @@ const DTYPES: [(Dtype, Dtype); 6] = [
     (BF16, BF16),
     (BF16, F32),
 ];
-const FILES: [&str; 17] = [
+const FILES: [&str; 18] = [
     "add",
     "forward",
     "forward_add",
@@ -41,6 +41,7 @@ const FILES: [&str; 17] = [
     "backward_ring",
     "backward_ring_add",
     "backward_ring_shifted",
+    "backward_strips",
     "split",
     "split_single",
     "finalize",

@@ -6,6 +6,7 @@
 //! | block | a block, or a team of its warps | 1 |
 //! | cluster | 2 to 16 blocks that share memory (compute capability 9.0 and later) | 1 |
 //! | grid | 2 to 160 blocks that meet in global memory, all resident | 1 |
+//! | strips | a team of a block's warps; other blocks own columns | 1, and 1 from L2 |
 //! | split | all blocks, in two launches | 2 |
 //!
 //! [`FORWARD`] and [`BACKWARD`] mirror the kernels. A plan is the first of them that holds the row, unless a [`Choice`] names
@@ -26,6 +27,8 @@ pub struct DeviceFacts {
     pub shared_per_block: usize,
     /// Bytes of shared memory of a multiprocessor.
     pub shared_per_multiprocessor: usize,
+    /// Bytes of the L2 cache.
+    pub l2: usize,
     /// The most blocks of a cluster: 1 where there are none.
     pub max_cluster: usize,
     /// Whether blocks of a grid may wait for each other.
@@ -45,6 +48,8 @@ pub enum Regime {
     Cluster,
     /// A group of resident blocks.
     Grid,
+    /// A team of a block's warps; other blocks of the launch own strips of columns, and sum over rows. Backward, of small tensors.
+    Strips,
     /// All blocks, in two launches.
     Split,
 }
@@ -269,6 +274,23 @@ const fn backward_warp(
     }
 }
 
+/// A kernel of backward_strips.cu: vectors of a row that a thread of its team holds.
+const fn backward_strips(
+    entry: &'static str,
+    sizes: &'static [usize],
+    per_thread: usize,
+) -> Kernel {
+    Kernel {
+        file: "backward_strips",
+        entry,
+        regime: Regime::Strips,
+        sizes,
+        per_thread,
+        most_warps: [STRIPS_THREADS / WARP, STRIPS_THREADS / WARP],
+        ..KERNEL
+    }
+}
+
 const fn split(
     file: &'static str,
     entry: &'static str,
@@ -366,6 +388,10 @@ const FORWARD: &[Kernel] = &[
 /// Kernels of the backward pass, in the order in which a plan tries them.
 #[rustfmt::skip]
 const BACKWARD: &[Kernel] = &[
+    // us, the persistent kernels and finalize in brackets: f32 64 x 256 5.4 (7.7), 512 x 768 7.7 (9.4), 1024 x 1024 10.5 (12.5), 128 x 4096 9.6
+    // (11.5), 512 x 4096 15.7 (16.4); bf16 64 x 256 5.3 (7.2), 512 x 768 6.9 (8.7), 2048 x 1024 10.3 (12.4), 128 x 4096 8.6 (10.8).
+    backward_strips("backward_strips_wide_2", &[2, 4, 8], 2),
+    backward_strips("backward_strips_wide_4", &[4, 8], 4),
     // bf16: 83% at 256 and 512 columns, with 4 rows in the ring 81% and 82%; 768 86%, with 8 warps 83%; 1024 88%.
     backward_warp("backward_warp_wide_8x2", Access::Wide, &[2], [8, 2, 2], [8, 2]),
     backward_warp("backward_warp_wide_16x2", Access::Wide, &[2], [16, 2, 2], [8, 2]),
@@ -557,6 +583,12 @@ const FINALIZE_THREADS: usize = 256;
 const FINALIZE_SPLITS: usize = 32;
 /// kMaxTeams of backward_ring.cu.
 const MAX_TEAMS: usize = 8;
+/// kThreads and kStripLanes of backward_strips.cu.
+const STRIPS_THREADS: usize = 256;
+const STRIP_LANES: usize = 2;
+/// Rows to which a strip of columns is summed in no more time than the rows take: 4096 x 256 in f32 12.5 us, persistent warps and finalize
+/// 11.4; in bf16 11.3 and 9.9.
+const STRIPS_ROWS: usize = 2048;
 
 /// Where rows are few, the blocks of persistent warps have so many, or as many as spread the rows over all multiprocessors.
 const FEW_WARPS: usize = 8;
@@ -684,6 +716,16 @@ impl<'a> Planner<'a> {
             .max(1)
     }
 
+    /// Whether blocks that own columns and blocks that own rows may both read x and dy, once from memory: no more than a third of L2, which is
+    /// 8 MiB a tensor on an H200. 3072 x 768 in f32, 9 MiB, 17.6 us either way.
+    fn in_strips(&self) -> bool {
+        let Problem { rows, cols, .. } = *self.problem;
+        let read = (rows * cols)
+            .saturating_mul(self.tensors * self.size())
+            .saturating_mul(3);
+        rows <= STRIPS_ROWS && read <= self.device.l2
+    }
+
     /// How the kernel holds the row, with as few blocks as do.
     fn choose(&self, kernel: &Kernel) -> Option<Choice> {
         let choice = |warps, blocks| {
@@ -745,6 +787,11 @@ impl<'a> Planner<'a> {
                     (self.device.multiprocessors / groups).min(limit)
                 };
                 choice(self.warps_for(kernel, blocks), blocks)
+            }
+            Regime::Strips => {
+                let warps = self.warps_for(kernel, 1);
+                let fits = warps <= most && self.in_strips();
+                if fits { choice(warps, 1) } else { None }
             }
             Regime::Split => choice(
                 SPLIT_THREADS / WARP,
@@ -867,7 +914,12 @@ impl<'a> Planner<'a> {
             Regime::Split if blocks == 0 || blocks > self.most_split_blocks(kernel) => {
                 return wrong("blocks", self.most_split_blocks(kernel), blocks);
             }
-            Regime::Warp | Regime::Block if blocks != 1 => return wrong("blocks", 1, blocks),
+            Regime::Strips if !self.in_strips() => {
+                return wrong("rows", STRIPS_ROWS, self.problem.rows);
+            }
+            Regime::Warp | Regime::Block | Regime::Strips if blocks != 1 => {
+                return wrong("blocks", 1, blocks);
+            }
             _ => {}
         }
         // Only persistent warps count those beside them.
@@ -880,8 +932,10 @@ impl<'a> Planner<'a> {
         {
             return wrong("warps", most, warps);
         }
-        if !matches!(kernel.regime, Regime::Warp | Regime::Split)
-            && self.owners(kernel, warps, blocks, 1).is_none()
+        if matches!(
+            kernel.regime,
+            Regime::Block | Regime::Cluster | Regime::Grid
+        ) && self.owners(kernel, warps, blocks, 1).is_none()
         {
             return wrong(
                 "owners of rows of one shift, in multiples",
@@ -938,6 +992,11 @@ impl<'a> Planner<'a> {
                 warps * WARP,
             )?])),
             Regime::Cluster | Regime::Grid => Ok(plan(vec![self.ring(kernel, choice, 1)?.0])),
+            Regime::Strips => bail!(
+                "{}: {} is a kernel of the backward pass",
+                problem.op_name(),
+                kernel.entry
+            ),
             Regime::Split => {
                 let grid = [problem.rows.div_ceil(SPLIT_ROWS), blocks];
                 Ok(plan(vec![
@@ -1090,6 +1149,21 @@ impl<'a> Planner<'a> {
                 }
                 let (launch, owners) = self.ring(kernel, choice, teams)?;
                 (self.parts(kernel, owners), vec![launch])
+            }
+            Regime::Strips => {
+                let lanes = warps * WARP;
+                let rows_each = STRIPS_THREADS / lanes;
+                let strips = problem
+                    .cols
+                    .div_ceil(STRIP_LANES * vector(problem, kernel.access));
+                let launch = Launch::new(
+                    problem,
+                    kernel.file,
+                    kernel.entry,
+                    [strips + problem.rows.div_ceil(rows_each), 1],
+                    [lanes, rows_each],
+                )?;
+                (1, vec![launch])
             }
             Regime::Split => {
                 let parts = problem.rows.div_ceil(SPLIT_ROWS);
@@ -1283,6 +1357,7 @@ mod tests {
         multiprocessors: 132,
         shared_per_block: 227 * 1024,
         shared_per_multiprocessor: 228 * 1024,
+        l2: 50 << 20,
         max_cluster: 16,
         cooperative: true,
         base: 90,
@@ -1291,6 +1366,7 @@ mod tests {
         multiprocessors: 108,
         shared_per_block: 163 * 1024,
         shared_per_multiprocessor: 164 * 1024,
+        l2: 40 << 20,
         max_cluster: 1,
         cooperative: true,
         base: 80,
@@ -1299,12 +1375,14 @@ mod tests {
         multiprocessors: 128,
         shared_per_block: 99 * 1024,
         shared_per_multiprocessor: 100 * 1024,
+        l2: 72 << 20,
         max_cluster: 1,
         cooperative: true,
         base: 80,
     };
     const RTX_5090: DeviceFacts = DeviceFacts {
         multiprocessors: 170,
+        l2: 96 << 20,
         max_cluster: 8,
         base: 90,
         ..RTX_4090
@@ -1357,6 +1435,10 @@ mod tests {
             ("forward_ring", include_str!("../kernels/forward_ring.cu")),
             ("backward", include_str!("../kernels/backward.cu")),
             ("backward_ring", include_str!("../kernels/backward_ring.cu")),
+            (
+                "backward_strips",
+                include_str!("../kernels/backward_strips.cu"),
+            ),
             ("split", include_str!("../kernels/split.cu")),
         ];
         for kernel in [FORWARD, BACKWARD, FORWARD_ADD, BACKWARD_ADD].concat() {
@@ -1433,6 +1515,7 @@ mod tests {
                     let rows = slots / per_thread;
                     vec![format!("RING({long}{owner}, {per_thread}, {rows}, ")]
                 }
+                ("backward_strips", _) => vec![format!("BACKWARD_STRIPS({per_thread})")],
                 _ => vec![format!("SPLIT({name}, {vec})")],
             };
             let stem = kernel
@@ -1501,6 +1584,17 @@ mod tests {
         };
         let held = match kernel.regime {
             Regime::Warp => kernel.lanes * kernel.per_thread,
+            Regime::Strips => {
+                let [lanes, teams] = launch.block.map(|n| n as usize);
+                let strips = p.cols.div_ceil(32 / p.dtype.size_in_bytes());
+                assert!(threads as usize <= STRIPS_THREADS, "{launch:?}");
+                assert_eq!(
+                    launch.grid,
+                    [(strips + p.rows.div_ceil(teams)) as u32, 1],
+                    "{launch:?}"
+                );
+                lanes * kernel.per_thread
+            }
             Regime::Split => return,
             // As ring.cuh shares a row out: whole chunks of 32 vectors a block.
             _ => {
@@ -1620,7 +1714,7 @@ mod tests {
     fn regimes_change_where_documented() {
         use Regime::{Block, Cluster, Grid, Split, Warp};
         let of = |dtype, cols, device: &DeviceFacts| {
-            let p = problem(1024, cols, dtype);
+            let p = problem(4096, cols, dtype);
             (
                 forward(&p, Access::Wide, device, None).unwrap().regime,
                 backward(&p, Access::Wide, device, None).unwrap().regime,
@@ -1676,6 +1770,46 @@ mod tests {
             ..A100
         };
         assert_eq!(of(DType::F32, 65536, &alone), (Split, Split));
+    }
+
+    #[test]
+    fn small_tensors_are_differentiated_in_one_launch() {
+        let of = |rows, cols, dtype, access, device: &DeviceFacts| {
+            let plan = backward(&problem(rows, cols, dtype), access, device, None).unwrap();
+            (plan.regime == Regime::Strips).then_some(plan.launches[0].entry)
+        };
+        let wide = |rows, cols, dtype| of(rows, cols, dtype, Access::Wide, &H200);
+        let [two, four] = ["backward_strips_wide_2", "backward_strips_wide_4"].map(Some);
+        for (rows, cols, dtype, expected) in [
+            (1, 4, DType::F32, two),
+            (512, 768, DType::F32, two),
+            (1024, 2048, DType::F32, two),
+            (512, 2052, DType::F32, four),
+            (512, 4096, DType::F32, four),
+            (512, 4100, DType::F32, None),
+            // No more than 2048 rows.
+            (2048, 64, DType::F32, two),
+            (2049, 64, DType::F32, None),
+            // x and dy no more than a third of L2.
+            (2048, 1064, DType::F32, two),
+            (2048, 1068, DType::F32, None),
+            (2048, 2128, DType::BF16, two),
+            (2048, 2136, DType::BF16, None),
+            (8, 4096, DType::BF16, two),
+            (8, 4104, DType::BF16, None),
+            (8, 1024, DType::F64, two),
+            (8, 2048, DType::F64, four),
+            (8, 2050, DType::F64, None),
+        ] {
+            assert_eq!(wide(rows, cols, dtype), expected, "{rows} x {cols}");
+        }
+        let little = DeviceFacts {
+            l2: 4 << 20,
+            ..A100
+        };
+        assert_eq!(of(512, 768, DType::F32, Access::Wide, &A100), two);
+        assert_eq!(of(512, 768, DType::F32, Access::Wide, &little), None);
+        assert_eq!(of(512, 769, DType::F32, Access::Shifted, &H200), None);
     }
 
     #[test]

@@ -420,6 +420,7 @@ mod tests {
                 multiprocessors: 132,
                 shared_per_block: 227 * 1024,
                 shared_per_multiprocessor: 228 * 1024,
+                l2: 50 << 20,
                 max_cluster: 16,
                 cooperative: true,
                 base: 90,

@@ -15,6 +15,9 @@ const SHAPES: [[usize; 2]; 5] = [[3, 5], [5, 768], [33, 4096], [2, 20001], [2, 7
 fn check(case: &Case) -> Result<()> {
     for device in devices() {
         case.check(device, Tracked::ALL, &case.gradients(device)?);
+        if let Some(outputs) = case.gradients_as_of_larger(device)? {
+            case.check(device, Tracked::ALL, &outputs);
+        }
     }
     Ok(())
 }

@@ -64,6 +64,13 @@ fn the_same_bits_from_run_to_run() -> Result<()> {
             for _ in 0..if device.is_cuda() { 20 } else { 3 } {
                 assert_same(&case, &case.gradients(device)?, &first);
             }
+            let Some(first) = case.gradients_as_of_larger(device)? else {
+                continue;
+            };
+            for _ in 0..20 {
+                let again = case.gradients_as_of_larger(device)?;
+                assert_same(&case, &again.expect("as the first time"), &first);
+            }
         }
     }
     Ok(())

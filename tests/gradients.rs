@@ -19,6 +19,9 @@ fn check(case: &Case) -> Result<()> {
     for device in devices() {
         if candle_can_differentiate(case, device) {
             case.check(device, Tracked::ALL, &case.gradients(device)?);
+            if let Some(outputs) = case.gradients_as_of_larger(device)? {
+                case.check(device, Tracked::ALL, &outputs);
+            }
         }
     }
     Ok(())

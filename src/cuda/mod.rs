@@ -213,6 +213,7 @@ fn ask_for_facts(op: &'static str, context: &CudaContext) -> Result<DeviceFacts>
         shared_per_block: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         shared_per_multiprocessor: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
             as usize,
+        l2: get(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         max_cluster: match (base, capability.0) {
             (..90, _) => 1,
             // Of 16 blocks: data-center parts only.
@@ -708,7 +709,7 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
 
 /// Whether dweight and dbias are left in parts: not where the kernel has all rows in one, and writes them in their own dtype.
 fn in_parts(problem: &Problem, plan: &plan::Backward) -> bool {
-    let rounds = plan.regime == Regime::Split;
+    let rounds = matches!(plan.regime, Regime::Split | Regime::Strips);
     plan.parts > 1 || !(rounds || problem.param_dtype == problem.stats_dtype())
 }
 
@@ -785,7 +786,8 @@ fn gradients<T: Element, P: Element>(
             args.i32(plan.teams);
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
-            // [plan.parts, part_step(cols)], of Acc, which P is where they are not in_parts; x, dy, weight, mean and rstd have the shapes of the forward pass.
+            // [plan.parts, part_step(cols)], of Acc; where they are not in_parts, dweight and dbias are [cols] of P, which backward_strips.cu takes and is
+            // Acc elsewhere; x, dy, weight, mean and rstd have the shapes of the forward pass.
             unsafe { call.launch(args, launch)? };
         }
         [sums, write_dx] => {

@@ -305,6 +305,31 @@ impl Case {
         })
     }
 
+    /// As `gradients`, by the kernels of larger tensors, if the case is so small that CUDA differentiates it by kernels of its own.
+    #[cfg(feature = "cuda")]
+    pub fn gradients_as_of_larger(&self, device: &Device) -> Result<Option<Outputs>> {
+        use candle_fused_layer_norm::bench::{self, Choice};
+        if !device.is_cuda() || self.x.is_empty() {
+            return Ok(None);
+        }
+        let xs = self.xs(device)?;
+        let normalized = &self.shape[self.shape.len() - self.normalized_dims..];
+        let weight = Tensor::ones(normalized, self.dtypes.params, device)?;
+        let choices = bench::backward_candidates(&xs, &weight, &xs)?.choices;
+        let small = |choice: &Choice| choice.entry.starts_with("backward_strips");
+        if !small(&choices[0]) {
+            return Ok(None);
+        }
+        let larger = choices.iter().copied().find(|choice| !small(choice));
+        assert!(larger.is_some(), "{self}: {choices:?}");
+        bench::forced(None, larger, || self.gradients(device)).map(Some)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn gradients_as_of_larger(&self, _: &Device) -> Result<Option<Outputs>> {
+        Ok(None)
+    }
+
     /// The result and the gradients of `f`, a function of (xs, weight, bias).
     pub fn gradients_of(
         &self,
