@@ -283,7 +283,7 @@ half_precision!(f16, widen_f16, narrow_f16, f32_of_f16_bits, f16_bits);
 #[inline(always)]
 fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::widen_bf16(simd, from));
     } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx2::widen_bf16(simd, from));
@@ -297,7 +297,9 @@ fn widen_bf16(isa: Isa, from: &[bf16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd, Some(bf16)), Ok(from)) = (isa, from.try_into()) {
+        return to.copy_from_slice(&avx512bf16::narrow(simd, bf16, from));
+    } else if let (Isa::Avx512(simd, None), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::narrow_bf16(simd, from));
     } else if let (Isa::Avx2(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx2::narrow_bf16(simd, from));
@@ -311,7 +313,7 @@ fn narrow_bf16(isa: Isa, from: &[f32], to: &mut [bf16]) {
 #[inline(always)]
 fn widen_f16(isa: Isa, from: &[f16], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::widen_f16(simd, from));
     } else if let (Isa::Avx2(_, token), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&f16c::widen(token, from));
@@ -325,7 +327,7 @@ fn widen_f16(isa: Isa, from: &[f16], to: &mut [f32]) {
 #[inline(always)]
 fn narrow_f16(isa: Isa, from: &[f32], to: &mut [f16]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512(simd), Ok(from)) = (isa, from.try_into()) {
+    if let (Isa::Avx512(simd, _), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&avx512::narrow_f16(simd, from));
     } else if let (Isa::Avx2(_, token), Ok(from)) = (isa, from.try_into()) {
         return to.copy_from_slice(&f16c::narrow(token, from));
@@ -403,7 +405,7 @@ fn f16_bits(value: f32) -> u16 {
     (bits >> 16 & 0x8000 | magnitude) as u16
 }
 
-/// Vectors of 16. `vcvtneps2bf16` would flush subnormal numbers.
+/// Vectors of 16.
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use super::{bf16, f16};
@@ -518,6 +520,34 @@ mod avx2 {
         }
         from
     };
+}
+
+/// bf16 in one instruction.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod avx512bf16 {
+    use super::{avx512, bf16};
+    use pulp::core_arch::x86::Avx512bf16;
+    use pulp::x86::V4;
+    use std::arch::x86_64::*;
+
+    #[inline(always)]
+    pub fn narrow(simd: V4, _: Avx512bf16, from: &[f32; 16]) -> [bf16; 16] {
+        const SUBNORMAL: i32 = 0x20;
+        // The instruction takes subnormal numbers for 0.
+        let value = bytemuck::cast(*from);
+        if simd.avx512dq._mm512_fpclass_ps_mask::<SUBNORMAL>(value) != 0 {
+            return avx512::narrow_bf16(simd, from);
+        }
+        // SAFETY: an `Avx512bf16` exists only where the machine has the instruction, and 16 bf16 are of the size and bits of its result.
+        unsafe { std::mem::transmute(narrow_unchecked(value)) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn narrow_unchecked(value: __m512) -> __m256bh {
+        _mm512_cvtneps_pbh(value)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

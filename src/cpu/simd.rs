@@ -4,7 +4,7 @@
 use pulp::aarch64::Neon;
 #[cfg(target_arch = "x86_64")]
 use pulp::{
-    core_arch::x86::F16c,
+    core_arch::x86::{Avx512bf16, F16c},
     x86::{V3, V4},
 };
 
@@ -23,11 +23,38 @@ pulp::simd_type! {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+pulp::simd_type! {
+    /// [`V4`], and the conversion to bf16.
+    struct Avx512Bf16 {
+        sse: "sse",
+        sse2: "sse2",
+        fxsr: "fxsr",
+        sse3: "sse3",
+        ssse3: "ssse3",
+        sse4_1: "sse4.1",
+        sse4_2: "sse4.2",
+        popcnt: "popcnt",
+        avx: "avx",
+        avx2: "avx2",
+        bmi1: "bmi1",
+        bmi2: "bmi2",
+        fma: "fma",
+        lzcnt: "lzcnt",
+        avx512f: "avx512f",
+        avx512bw: "avx512bw",
+        avx512cd: "avx512cd",
+        avx512dq: "avx512dq",
+        avx512vl: "avx512vl",
+        avx512bf16: "avx512bf16",
+    }
+}
+
 /// What a loop may use beyond plain Rust: a constant where the loop is inlined.
 #[derive(Clone, Copy)]
 pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
-    Avx512(V4),
+    Avx512(V4, Option<Avx512bf16>),
     #[cfg(target_arch = "x86_64")]
     Avx2(V3, F16c),
     #[cfg(target_arch = "aarch64")]
@@ -40,7 +67,7 @@ macro_rules! with_vectors {
     ($isa:expr, $simd:ident => $body:expr) => {
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::simd::Isa::Avx512($simd) => $body,
+            $crate::cpu::simd::Isa::Avx512($simd, _) => $body,
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::simd::Isa::Avx2($simd, _) => $body,
             #[cfg(target_arch = "aarch64")]
@@ -58,10 +85,15 @@ pub(crate) use with_vectors;
 #[inline(always)]
 pub(crate) fn dispatch<R>(f: impl FnOnce(Isa) -> R) -> R {
     #[cfg(target_arch = "x86_64")]
-    if let Some(simd) = V4::try_new() {
+    if let (Some(bf16), Some(simd)) = (Avx512Bf16::try_new(), V4::try_new()) {
+        return bf16.vectorize(
+            #[inline(always)]
+            || f(Isa::Avx512(simd, Some(bf16.avx512bf16))),
+        );
+    } else if let Some(simd) = V4::try_new() {
         return simd.vectorize(
             #[inline(always)]
-            || f(Isa::Avx512(simd)),
+            || f(Isa::Avx512(simd, None)),
         );
     } else if let (Some(avx2), Some(simd)) = (Avx2::try_new(), V3::try_new()) {
         return avx2.vectorize(
@@ -88,6 +120,13 @@ pub(crate) fn for_each_isa(f: impl Fn(Isa)) {
         avx2.vectorize(
             #[inline(always)]
             || f(Isa::Avx2(simd, avx2.f16c)),
+        );
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(simd) = V4::try_new() {
+        simd.vectorize(
+            #[inline(always)]
+            || f(Isa::Avx512(simd, None)),
         );
     }
     dispatch(f);
