@@ -46,8 +46,16 @@ pub(crate) trait Acc: Element<Acc = Self> + Float + AddAssign {
     fn add_lanes<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn sub_lanes<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn mul_lanes<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// a * b + c, rounded once where the machine can: for sums, and not for elements, of which some are computed one at a time.
+    /// a * b + c of running sums, of vectors alone: rounded once on machines that can.
     fn mul_add_lanes<S: Simd>(
+        simd: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
+    /// a * b + c of elements, of which some are computed one at a time: rounded once on machines that can, whichever way.
+    fn fused<S: Simd>(
+        isa: Isa,
         simd: S,
         a: Self::Vector<S>,
         b: Self::Vector<S>,
@@ -121,7 +129,7 @@ pub(crate) trait Element: WithDType + bytemuck::Pod {
 }
 
 macro_rules! full_precision {
-    ($t:ident, $bits:ty, $vectors:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident, $and:ident) => {
+    ($t:ident, $bits:ty, $vectors:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident, $fused:ident, $and:ident) => {
         impl Acc for $t {
             type Vector<S: Simd> = S::$vectors;
 
@@ -168,6 +176,21 @@ macro_rules! full_precision {
                 c: S::$vectors,
             ) -> S::$vectors {
                 simd.$mul_add(a, b, c)
+            }
+
+            #[inline(always)]
+            fn fused<S: Simd>(
+                isa: Isa,
+                simd: S,
+                a: S::$vectors,
+                b: S::$vectors,
+                c: S::$vectors,
+            ) -> S::$vectors {
+                match isa {
+                    // One rounding would be a call there.
+                    Isa::Base => simd.$add(simd.$mul(a, b), c),
+                    _ => simd.$fused(a, b, c),
+                }
             }
 
             #[inline(always)]
@@ -219,6 +242,7 @@ full_precision!(
     sub_f32s,
     mul_f32s,
     mul_add_e_f32s,
+    mul_add_f32s,
     and_f32s
 );
 full_precision!(
@@ -230,6 +254,7 @@ full_precision!(
     sub_f64s,
     mul_f64s,
     mul_add_e_f64s,
+    mul_add_f64s,
     and_f64s
 );
 

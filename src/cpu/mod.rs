@@ -883,11 +883,19 @@ mod tests {
             dbias: true,
         };
         let pass = BackwardPass::<T, T>::new(&problem, &args, wanted)?;
+        let mut sums = Vec::new();
         let dx = there_and_not(&problem, |dx| {
             let [mut dweight, mut dbias] = [Fresh::new(cols), Fresh::new(cols)];
             pass.run(dx, dweight.slots(), dbias.slots());
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            sums.push(unsafe { [dweight.assume_written(), dbias.assume_written()] });
         });
         assert_same("dx", dx);
+        let [not, there] = [sums.pop(), sums.pop()].map(Option::unwrap_or_default);
+        for (what, both) in zip(["dweight", "dbias"], zip(there, not)) {
+            assert_same::<T>(what, both.into());
+        }
         Ok(())
     }
 

@@ -397,8 +397,7 @@ impl<T: Element, P: Element<Acc = T::Acc>> Columns<T> for Normalize<'_, T, P> {
             let x = T::load(isa, simd, &x[first..first + lanes]);
             let weight = P::load(isa, simd, &weight[first..first + lanes]);
             let bias = P::load(isa, simd, &bias[first..first + lanes]);
-            let scaled = T::Acc::mul_lanes(simd, self.stats.xhat(simd, x), weight);
-            let value = T::Acc::add_lanes(simd, scaled, bias);
+            let value = T::Acc::fused(isa, simd, self.stats.xhat(simd, x), weight, bias);
             T::store::<S, STREAM>(isa, simd, value, &mut y[first..first + lanes]);
         }
     }
@@ -531,12 +530,18 @@ impl<A: Acc> GradientScales<A> {
         }
     }
 
-    /// Of g = dy*weight.
+    /// Of g = dy*weight, rounded as in its mean: of one column their difference is 0.
     #[inline(always)]
-    fn dx<S: Simd>(self, simd: S, rstd: A, g: A::Vector<S>, xhat: A::Vector<S>) -> A::Vector<S> {
-        let along = A::mul_lanes(simd, xhat, A::splat(simd, self.mean_g_xhat));
+    fn dx<S: Simd>(
+        self,
+        isa: Isa,
+        simd: S,
+        rstd: A,
+        g: A::Vector<S>,
+        xhat: A::Vector<S>,
+    ) -> A::Vector<S> {
         let rest = A::sub_lanes(simd, g, A::splat(simd, self.mean_g));
-        let rest = A::sub_lanes(simd, rest, along);
+        let rest = A::fused(isa, simd, xhat, A::splat(simd, -self.mean_g_xhat), rest);
         A::mul_lanes(simd, rest, A::splat(simd, rstd))
     }
 }
@@ -587,16 +592,19 @@ impl<T: Element, P: Element<Acc = T::Acc>> Columns<T> for GradientRow<'_, T, P> 
             let dy = T::load(isa, simd, &dy[here.clone()]);
             let xhat = stats.xhat(simd, T::load(isa, simd, &x[here.clone()]));
             if let Some(dweight) = &mut dweight {
-                let of_row = T::Acc::mul_lanes(simd, dy, xhat);
-                accumulate::<T::Acc, S>(isa, simd, &mut dweight[here.clone()], of_row);
+                let dweight = &mut dweight[here.clone()];
+                let sum = T::Acc::fused(isa, simd, dy, xhat, T::Acc::load(isa, simd, dweight));
+                dweight.copy_from_slice(lanes_of::<T::Acc, S>(&sum));
             }
             if let Some(dbias) = &mut dbias {
-                accumulate::<T::Acc, S>(isa, simd, &mut dbias[here.clone()], dy);
+                let dbias = &mut dbias[here.clone()];
+                let sum = T::Acc::add_lanes(simd, T::Acc::load(isa, simd, dbias), dy);
+                dbias.copy_from_slice(lanes_of::<T::Acc, S>(&sum));
             }
             if let Some(dx) = &mut dx {
                 let weight = P::load(isa, simd, &weight[here.clone()]);
                 let g = T::Acc::mul_lanes(simd, dy, weight);
-                let value = scales.dx(simd, stats.rstd, g, xhat);
+                let value = scales.dx(isa, simd, stats.rstd, g, xhat);
                 T::store::<S, STREAM>(isa, simd, value, &mut dx[here]);
             }
         }
@@ -607,13 +615,6 @@ impl<T: Element, P: Element<Acc = T::Acc>> Columns<T> for GradientRow<'_, T, P> 
         prefetch(self.next.0, column);
         prefetch(self.next.1, column);
     }
-}
-
-/// sums += values.
-#[inline(always)]
-fn accumulate<A: Acc, S: Simd>(isa: Isa, simd: S, sums: &mut [A], values: A::Vector<S>) {
-    let sum = A::add_lanes(simd, A::load(isa, simd, sums), values);
-    sums.copy_from_slice(lanes_of::<A, S>(&sum));
 }
 
 /// to += from.
