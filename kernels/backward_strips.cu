@@ -6,9 +6,8 @@
 //               columns each, 32 bytes wide, of all rows, and write its dweight and dbias. The others write dx, a team a row. Both
 //               read x and dy, one of them from L2; partial sums and the launch that would add them are saved.
 // Bytes moved   3 * rows * cols * sizeof(X), and 2 from L2.
-// Launch        backward_strips_wide_P: block (L, R), L * R <= kThreads, both of them whole warps or R = 1; cols <= L * P * kVec; grid
-//               cols / kStrip + rows / R, each rounded up. All pointers on 16 bytes, cols a multiple of kVec. dx, dweight, dbias, weight, mean may
-//               be null.
+// Launch        backward_strips_wide_P: block (L, R), L whole warps, L * R <= kThreads; cols <= L * P * kVec; grid cols / kStrip + rows / R, each
+//               rounded up. rows within 32 bits; all pointers on 16 bytes, cols a multiple of kVec. dx, dweight, dbias, weight, mean may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "row.cuh"

@@ -716,14 +716,15 @@ impl<'a> Planner<'a> {
             .max(1)
     }
 
-    /// Whether blocks that own columns and blocks that own rows may both read x and dy, once from memory: no more than a third of L2, which is
-    /// 8 MiB a tensor on an H200. 3072 x 768 in f32, 9 MiB, 17.6 us either way.
-    fn in_strips(&self) -> bool {
+    /// Bytes of x and dy. Where blocks that own columns and blocks that own rows both read them, once from memory, they are at most a third of L2:
+    /// 8 MiB a tensor on an H200. 2048 x 1024 in f32, 8 MiB, 15.6 us, persistent warps 15.2; 1024 x 2048 15.6, 15.8.
+    fn read_bytes(&self) -> usize {
         let Problem { rows, cols, .. } = *self.problem;
-        let read = (rows * cols)
-            .saturating_mul(self.tensors * self.size())
-            .saturating_mul(3);
-        rows <= STRIPS_ROWS && read <= self.device.l2
+        (rows * cols).saturating_mul(self.tensors * self.size())
+    }
+
+    fn in_strips(&self) -> bool {
+        self.problem.rows <= STRIPS_ROWS && self.read_bytes() <= self.device.l2 / 3
     }
 
     /// How the kernel holds the row, with as few blocks as do.
@@ -914,8 +915,11 @@ impl<'a> Planner<'a> {
             Regime::Split if blocks == 0 || blocks > self.most_split_blocks(kernel) => {
                 return wrong("blocks", self.most_split_blocks(kernel), blocks);
             }
-            Regime::Strips if !self.in_strips() => {
+            Regime::Strips if self.problem.rows > STRIPS_ROWS => {
                 return wrong("rows", STRIPS_ROWS, self.problem.rows);
+            }
+            Regime::Strips if !self.in_strips() => {
+                return wrong("bytes of x and dy", self.device.l2 / 3, self.read_bytes());
             }
             Regime::Warp | Regime::Block | Regime::Strips if blocks != 1 => {
                 return wrong("blocks", 1, blocks);
@@ -1855,6 +1859,29 @@ mod tests {
                 assert!(!(0..choices.len()).any(repeated), "{choices:?}");
             }
         }
+    }
+
+    #[test]
+    fn strips_of_too_much_are_refused() {
+        let refused = |rows, cols| {
+            let p = problem(rows, cols, DType::F32);
+            let choice = Choice {
+                entry: "backward_strips_wide_2",
+                warps: 8,
+                blocks: 1,
+            };
+            let error = backward(&p, Access::Wide, &H200, Some(&choice)).unwrap_err();
+            error.to_string().lines().next().map(str::to_owned).unwrap()
+        };
+        let prefix = "layer-norm: tuning: `backward_strips_wide_2`: expected";
+        assert_eq!(
+            refused(4096, 768),
+            format!("{prefix} rows to 2048, got 4096")
+        );
+        assert_eq!(
+            refused(2048, 2048),
+            format!("{prefix} bytes of x and dy to 17476266, got 33554432")
+        );
     }
 
     #[test]
