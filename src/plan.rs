@@ -716,15 +716,18 @@ impl<'a> Planner<'a> {
             .max(1)
     }
 
-    /// Bytes of x and dy. Where blocks that own columns and blocks that own rows both read them, once from memory, they are at most a third of L2:
-    /// 8 MiB a tensor on an H200. 2048 x 1024 in f32, 8 MiB, 15.6 us, persistent warps 15.2; 1024 x 2048 15.6, 15.8.
-    fn read_bytes(&self) -> usize {
+    /// What of this problem is more than strips take, their limit, and how much it is. Blocks that own columns and blocks that own rows read x and dy
+    /// both, once from memory as long as these are a third of L2 at most: 8 MiB a tensor on an H200. 2048 x 1024 in f32, 8 MiB, 15.6 us, persistent
+    /// warps 15.2; 1024 x 2048 15.6, 15.8.
+    fn too_much_for_strips(&self) -> Option<(&'static str, usize, usize)> {
         let Problem { rows, cols, .. } = *self.problem;
-        (rows * cols).saturating_mul(self.tensors * self.size())
-    }
-
-    fn in_strips(&self) -> bool {
-        self.problem.rows <= STRIPS_ROWS && self.read_bytes() <= self.device.l2 / 3
+        let read = (rows * cols).saturating_mul(self.tensors * self.size());
+        [
+            ("rows", STRIPS_ROWS, rows),
+            ("bytes of x and dy", self.device.l2 / 3, read),
+        ]
+        .into_iter()
+        .find(|&(_, limit, got)| got > limit)
     }
 
     /// How the kernel holds the row, with as few blocks as do.
@@ -791,7 +794,7 @@ impl<'a> Planner<'a> {
             }
             Regime::Strips => {
                 let warps = self.warps_for(kernel, 1);
-                let fits = warps <= most && self.in_strips();
+                let fits = warps <= most && self.too_much_for_strips().is_none();
                 if fits { choice(warps, 1) } else { None }
             }
             Regime::Split => choice(
@@ -884,6 +887,11 @@ impl<'a> Planner<'a> {
         let wrong = |what: &str, limit: usize, got: usize| {
             Err(format!("expected {what} to {limit}, got {got}"))
         };
+        if kernel.regime == Regime::Strips
+            && let Some((what, limit, got)) = self.too_much_for_strips()
+        {
+            return wrong(what, limit, got);
+        }
         match kernel.regime {
             Regime::Warp if self.vectors(kernel) > kernel.lanes * kernel.per_thread => {
                 return wrong(
@@ -914,12 +922,6 @@ impl<'a> Planner<'a> {
             }
             Regime::Split if blocks == 0 || blocks > self.most_split_blocks(kernel) => {
                 return wrong("blocks", self.most_split_blocks(kernel), blocks);
-            }
-            Regime::Strips if self.problem.rows > STRIPS_ROWS => {
-                return wrong("rows", STRIPS_ROWS, self.problem.rows);
-            }
-            Regime::Strips if !self.in_strips() => {
-                return wrong("bytes of x and dy", self.device.l2 / 3, self.read_bytes());
             }
             Regime::Warp | Regime::Block | Regime::Strips if blocks != 1 => {
                 return wrong("blocks", 1, blocks);
