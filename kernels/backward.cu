@@ -125,9 +125,9 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   uint32_t at = begin;
 #pragma unroll 1
   for (int it = 0; it < iterations; it++) {
-    const Normalizer row = {mean_ahead, rstd_ahead * varies};
+    const Normalizer row = {mean_ahead, rstd_ahead * varies}, padded = row.of_padded();
     Pair sums = {0, 0};
-    outer.add(row, weight_offset, sums);
+    outer.add(padded, weight_offset, sums);
     load_ahead(it + 1);
     const bool writes = it < own_iterations;
     Arriving<kVec, kPer> arriving;
@@ -137,7 +137,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-      own.add(k, C::read(xs), C::read(dys), row, sums);
+      own.add(k, C::read(xs), C::read(dys), padded, sums);
     }
     fill(it + kRing, at);
     at += kPer * C::kChunk;

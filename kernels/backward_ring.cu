@@ -71,7 +71,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
   if (warp >= warps) {
     const int own_warp = warp - warps;
     const Acc inv_cols = inverse(cols);
-    Statistics<kComm> statistics;
+    Statistics<kComm, false> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     // The first of a row's blocks has its outer columns.
     const bool here = group.rank == 0;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         if (it % kComm != own_warp) continue;
         const Normalizer row = statistics.at(mean, rstd, own_rows, it);
         Pair outer_sums = {0, 0};
-        outer.add(row, weight_offset, outer_sums);
+        outer.add(row.of_padded(), weight_offset, outer_sums);
         if constexpr (kShifted) {
           load_ahead(it + kComm);
           prefetch(it + kFar * kComm);
@@ -156,7 +156,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     auto next = first_row;
     F next_frame = first_frame;
     int next_end = end_in(first_frame);
-    Statistics<1> statistics;
+    Statistics<1, true> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     const auto fill = [&](int it, uint32_t at) {
       if (it < own_rows.count) {

@@ -88,15 +88,14 @@ __device__ __forceinline__ void write_row(int64_t row, bool owns, int t, int lan
   }
   const Normalizer n = {mean && owns ? __ldg(mean + row) : Acc(0), owns ? __ldg(rstd + row) : Acc(0)};
   Acc g[kPer][kVec], xhat[kPer][kVec];
+  const Normalizer padded = n.of_padded();
   Pair sums = {0, 0};
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
-    // Past the last column x is 0, and (0 - mean) * rstd may be infinite.
-    const Normalizer own = {n.mean, (k * lanes + t) * kVec < cols ? n.rstd : Acc(0)};
     Pair s = {0, 0};
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
-      xhat[k][i] = own.xhat(xs[k][i]);
+      xhat[k][i] = padded.xhat(xs[k][i]);
       g[k][i] = dys[k][i] * weight_of(w[k][i], weight_offset);
       s.a += g[k][i];
       s.b += g[k][i] * xhat[k][i];

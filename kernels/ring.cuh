@@ -219,8 +219,8 @@ template <Owner kOwner> __device__ __forceinline__ void sync_owner() {
 }
 
 // mean and rstd of an owner's rows, each lane those of every 32nd, loaded 32 rows ahead: a load that every lane waited for would
-// hold up each row. Iterations come in order, kStep apart.
-template <int kStep> struct Statistics {
+// hold up each row. Iterations come in order, kStep apart. kPadded: for xhat alone, and of_padded.
+template <int kStep, bool kPadded> struct Statistics {
   Acc mean = 0, rstd = 0, mean_ahead = 0, rstd_ahead = 0;
 
   template <bool kSorted> __device__ __forceinline__ void load(const Acc* means, const Acc* rstds, const Rows<kSorted>& rows, int from) {
@@ -235,7 +235,7 @@ template <int kStep> struct Statistics {
   __device__ __forceinline__ Normalizer at(const Acc* means, const Acc* rstds, const Rows<kSorted>& rows, int it) {
     if (it % kWarp < kStep) {
       mean = mean_ahead;
-      rstd = rstd_ahead;
+      rstd = kPadded ? Normalizer{mean_ahead, rstd_ahead}.of_padded().rstd : rstd_ahead;
       load(means, rstds, rows, it / kWarp * kWarp + kWarp);
     }
     return Normalizer{__shfl_sync(kFull, mean, it % kWarp), __shfl_sync(kFull, rstd, it % kWarp)};

@@ -52,6 +52,9 @@ struct BackwardAdd {};
 struct alignas(sizeof(Acc) * 2) Normalizer {
   Acc mean, rstd;
   __device__ __forceinline__ Acc xhat(Acc x) const { return (x - mean) * rstd; }
+  // The same where zeros may stand for columns that are not there: mean * rstd overflows in rows of equal values alone, and their xhat
+  // is 0. An infinite rstd is NaN.
+  __device__ __forceinline__ Normalizer of_padded() const { return {mean, rstd * Acc(isfinite(mean * rstd))}; }
 };
 
 // A value that is no outlier unless two of three are.

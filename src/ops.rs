@@ -22,6 +22,7 @@
 //! | all elements the same | `bias`, exactly, if `eps` is not 0; of RMSNorm, what the formula gives |
 //! | subnormal elements | what the formula gives: they are not taken for 0 |
 //! | deviations beyond 1e19 (f32, bf16), whose squares overflow f32 | `bias` or 0, and no gradient, as in PyTorch; f64 has them |
+//! | elements whose sum f32 (f64 for f64) does not hold, as 5000 of 1e35 | as above, or NaN where the sum overflows on the way |
 //! | `eps` of 0 and no deviation, or none whose square f32 holds (below 1e-22) | NaN or infinities, as in PyTorch |
 //!
 //! A result or a gradient that its dtype cannot hold is an infinity: beyond 65504 for f16.

@@ -4,7 +4,7 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{IndexOp, Tensor};
+use candle_core::{Device, IndexOp, Tensor};
 use common::case::{Case, Dtypes, Field, Kind, Tracked};
 use common::compare::{Values, assert_close, assert_same_bits};
 use common::data::{normal, round, rounded, values};
@@ -40,7 +40,7 @@ fn check(case: &str, output: &str, got: &Tensor, want: Values) -> Result<()> {
             (want.want[index], want.scale[index], close[index]) = (0., 0., 0.);
         }
     }
-    let close = common::data::tensor(&close, got.shape(), got.dtype(), &candle_core::Device::Cpu)?;
+    let close = common::data::tensor(&close, got.shape(), got.dtype(), &Device::Cpu)?;
     assert_close(&case, output, &close, &want);
     Ok(())
 }
@@ -272,6 +272,67 @@ fn rows_whose_squares_overflow_give_the_bias() -> Result<()> {
                     }
                     if kind.has_bias() {
                         assert_close(&case, "dbias", gradient(&outputs.dbias), &oracle.dbias());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Constant rows so far from 0 that mean * rstd overflows, where rstd is not 0: y is the bias, and xhat is 0, so that dweight
+/// has nothing of them. dx is (g - mean(g)) * rstd, or as much smaller as the mean's rounding makes rstd.
+#[test]
+fn constant_rows_far_from_zero() -> Result<()> {
+    // Widths that leave some of a kernel's columns empty, in rows enough for the kernels of larger tensors.
+    let narrow = [[300, 24], [3000, 72], [3000, 520]];
+    for dtypes in [Dtypes::F32, Dtypes::BF16, Dtypes::BF16_F32, Dtypes::F64] {
+        // The mean of powers of 2 is exact however it is computed. 20001 of each do not overflow.
+        let constants = match dtypes {
+            Dtypes::F64 => [[2f64.powi(1007), -2f64.powi(1008)], [1e303, -5e303]],
+            _ => [[2f64.powi(110), -2f64.powi(112)], [1e33, -1e34]],
+        };
+        for [rows, cols] in SHAPES.into_iter().chain(narrow) {
+            let far = |row: usize| row % 3 != 1;
+            let near = Case {
+                eps: 1e-12,
+                ..Case::with_rows(Kind::LayerNorm, dtypes, &[rows, cols], 1, |rng, row| {
+                    if far(row) { 0. } else { normal(rng) }
+                })
+            };
+            // xhat of a row of zeros is 0 as well, and the oracle's mean of these is exact.
+            let oracle = near.oracle();
+            for constants in constants {
+                let mut case = near.clone();
+                for (row, x) in case.x.chunks_mut(cols).enumerate() {
+                    if far(row) {
+                        x.fill(round(constants[row % 2], dtypes.xs));
+                    }
+                }
+                let name = format!("{case} of {constants:?}");
+                for device in devices() {
+                    let outputs = [
+                        Some(case.gradients(device)?),
+                        case.gradients_as_of_larger(device)?,
+                    ];
+                    for outputs in outputs.into_iter().flatten() {
+                        assert_close(&name, "y", &outputs.y, &oracle.y());
+                        let (dweight, dbias) =
+                            (gradient(&outputs.dweight), gradient(&outputs.dbias));
+                        assert_close(&name, "dweight", dweight, &oracle.dweight());
+                        assert_close(&name, "dbias", dbias, &oracle.dbias());
+                        let (mut dx, mut want) = (values(gradient(&outputs.dx))?, oracle.dx());
+                        for (index, dx) in dx.iter_mut().enumerate() {
+                            if far(index / cols) {
+                                let most = want.want[index];
+                                let right = (-0.01..1.01).contains(&(*dx / most));
+                                assert!(right, "{name}: dx[{index}] is {dx}, at most {most}");
+                                (*dx, want.want[index]) = (0., 0.);
+                            }
+                        }
+                        let dx =
+                            common::data::tensor(&dx, outputs.y.shape(), dtypes.xs, &Device::Cpu)?;
+                        assert_close(&name, "dx", &dx, &want);
                     }
                 }
             }

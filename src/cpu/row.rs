@@ -176,7 +176,9 @@ pub(crate) fn segment_moments<T: Element>(isa: Isa, problem: &Problem, x: &[T]) 
         let far = between > 0.25 * (sums.1 - between);
         passes += 1;
         if !far || passes == 2 {
-            let square = sums.1 - between;
+            // Where squares overflow, so may `between`, and there is no difference of infinities.
+            let overflows = sums.1 == f64::INFINITY && rest.is_finite();
+            let square = if overflows { sums.1 } else { sums.1 - between };
             // Not `max`, which makes 0 of what an infinity leaves.
             let square = if square < 0. { 0. } else { square };
             return Moments {
