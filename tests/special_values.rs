@@ -325,8 +325,13 @@ fn constant_rows_far_from_zero() -> Result<()> {
                         for (index, dx) in dx.iter_mut().enumerate() {
                             if far(index / cols) {
                                 let most = want.want[index];
-                                let right = (-0.01..1.01).contains(&(*dx / most));
-                                assert!(right, "{name}: dx[{index}] is {dx}, at most {most}");
+                                // What cancels in g - mean(g), and the rounding of bf16.
+                                let slack = 1e-5 * want.scale[index] + 0.01 * most.abs();
+                                let right = most.min(0.) - slack..=most.max(0.) + slack;
+                                assert!(
+                                    right.contains(dx),
+                                    "{name}: dx[{index}] is {dx}, of {most}"
+                                );
                                 (*dx, want.want[index]) = (0., 0.);
                             }
                         }
