@@ -933,10 +933,19 @@ impl<'a> Planner<'a> {
         if kernel.regime == Regime::Warp && (warps < least || warps > most) {
             return wrong("warps", most, warps);
         }
-        if !matches!(kernel.regime, Regime::Warp | Regime::Split)
-            && (warps > most || warps < self.warps_for(kernel, blocks))
-        {
-            return wrong("warps", most, warps);
+        if !matches!(kernel.regime, Regime::Warp | Regime::Split) {
+            let least = self.warps_for(kernel, blocks);
+            if least > most {
+                let vectors = blocks * most * WARP * kernel.per_thread;
+                let columns = vectors * vector(self.problem, kernel.access);
+                return wrong("columns", columns, self.problem.cols);
+            }
+            if warps < least {
+                return Err(format!("expected {least} warps or more, got {warps}"));
+            }
+            if warps > most {
+                return wrong("warps", most, warps);
+            }
         }
         if matches!(
             kernel.regime,
@@ -1909,7 +1918,15 @@ mod tests {
         };
         assert_eq!(
             refused("forward_block_twice_4x1", 8, 1),
-            "layer-norm: tuning: `forward_block_twice_4x1`: expected warps to 16, got 8"
+            "layer-norm: tuning: `forward_block_twice_4x1`: expected 16 warps or more, got 8"
+        );
+        assert_eq!(
+            refused("forward_block_twice_4x1", 17, 1),
+            "layer-norm: tuning: `forward_block_twice_4x1`: expected warps to 16, got 17"
+        );
+        assert_eq!(
+            refused("forward_block_wide_4x1", 4, 1),
+            "layer-norm: tuning: `forward_block_wide_4x1`: expected columns to 2048, got 8192"
         );
         assert_eq!(
             refused("forward_long_cluster_wide", 11, 3),
