@@ -35,11 +35,26 @@ const BASE_VARIABLE: &str = "CANDLE_FUSED_LAYER_NORM_BASE";
 
 /// The newest base that this build has and the device runs, no newer than [`BASE_VARIABLE`] says.
 pub(super) fn base(op: &str, capability: (i32, i32)) -> Result<u32> {
+    let asked = std::env::var(BASE_VARIABLE).ok();
+    base_of(
+        op,
+        capability,
+        FILES.iter().map(|file| file.base),
+        asked.as_deref(),
+    )
+}
+
+/// The same of these bases, with what the variable says.
+fn base_of(
+    op: &str,
+    capability: (i32, i32),
+    bases: impl Iterator<Item = u32> + Clone,
+    asked: Option<&str>,
+) -> Result<u32> {
     let device = (capability.0 * 10 + capability.1) as u32;
-    let bases = FILES.iter().map(|file| file.base);
-    let newest = match std::env::var(BASE_VARIABLE) {
-        Err(_) => device,
-        Ok(value) => match value.parse() {
+    let newest = match asked {
+        None => device,
+        Some(value) => match value.parse() {
             Ok(base) if bases.clone().any(|b| b == base) => device.min(base),
             _ => bail!(
                 "{op}: {BASE_VARIABLE}: expected one of {:?}, got `{value}`",
@@ -152,4 +167,85 @@ fn explain(op: &str, kernel: &Kernel, base: u32, error: candle_core::Error) -> c
         "{op}: cannot load kernel `{}` of `{}`: {advice}: {text}",
         kernel.entry, kernel.module
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(
+        capability: (i32, i32),
+        bases: &[u32],
+        asked: Option<&str>,
+    ) -> std::result::Result<u32, String> {
+        base_of("layer-norm", capability, bases.iter().copied(), asked)
+            .map_err(|error| error.to_string().lines().next().unwrap_or_default().into())
+    }
+
+    #[test]
+    fn a_device_takes_the_newest_base_that_it_runs() {
+        let both = [80, 90, 80];
+        for (capability, base) in [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((12, 0), 90)] {
+            assert_eq!(of(capability, &both, None), Ok(base), "{capability:?}");
+        }
+        assert_eq!(of((9, 0), &both, Some("80")), Ok(80));
+        assert_eq!(of((8, 6), &both, Some("90")), Ok(80));
+    }
+
+    #[test]
+    fn a_device_that_no_kernel_is_for() {
+        for (capability, bases, asked, sentence) in [
+            (
+                (7, 5),
+                &[80, 90][..],
+                None,
+                "layer-norm: device: expected compute capability 8.0 or more, got 7.5: use the CPU, or a GPU of the Ampere generation or later",
+            ),
+            (
+                (8, 6),
+                &[90],
+                None,
+                "layer-norm: device: expected compute capability 9.0 or more, got 8.6: build again with CUDA_COMPUTE_CAP unset or set for this device",
+            ),
+            (
+                (9, 0),
+                &[80, 90],
+                Some("75"),
+                "layer-norm: CANDLE_FUSED_LAYER_NORM_BASE: expected one of {80, 90}, got `75`",
+            ),
+        ] {
+            assert_eq!(of(capability, bases, asked), Err(sentence.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_module_that_does_not_load() {
+        let kernel = Kernel {
+            entry: "finalize",
+            module: "a module",
+            ptx: "",
+        };
+        for (error, advice) in [
+            (
+                "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+                "update the driver, or build with an older toolkit",
+            ),
+            (
+                "CUDA_ERROR_OUT_OF_MEMORY",
+                "the device has no memory left to load it",
+            ),
+            (
+                "CUDA_ERROR_INVALID_PTX",
+                "for compute capability 90 and later",
+            ),
+        ] {
+            let cause = candle_core::Error::Msg(format!("DriverError({error})"));
+            let text = explain("layer-norm", &kernel, 90, cause).to_string();
+            let start = "layer-norm: cannot load kernel `finalize` of `a module`: ";
+            assert!(
+                text.starts_with(start) && text.contains(advice) && text.contains(error),
+                "{text}"
+            );
+        }
+    }
 }
