@@ -893,13 +893,6 @@ impl<'a> Planner<'a> {
             return wrong(what, limit, got);
         }
         match kernel.regime {
-            Regime::Warp if self.vectors(kernel) > kernel.lanes * kernel.per_thread => {
-                return wrong(
-                    "columns",
-                    kernel.lanes * kernel.per_thread * vector(self.problem, kernel.access),
-                    self.problem.cols,
-                );
-            }
             Regime::Cluster
                 if !blocks.is_power_of_two() || blocks < 2 || blocks > self.device.max_cluster =>
             {
@@ -928,18 +921,22 @@ impl<'a> Planner<'a> {
             }
             _ => {}
         }
-        // Only persistent warps count those beside them.
-        let least = if kernel.slots > 0 { 1 } else { most };
-        if kernel.regime == Regime::Warp && (warps < least || warps > most) {
-            return wrong("warps", most, warps);
-        }
-        if !matches!(kernel.regime, Regime::Warp | Regime::Split) {
-            let least = self.warps_for(kernel, blocks);
-            if least > most {
-                let vectors = blocks * most * WARP * kernel.per_thread;
+        if kernel.regime != Regime::Split {
+            let threads = match kernel.regime {
+                Regime::Warp => kernel.lanes,
+                _ => blocks * most * WARP,
+            };
+            let vectors = threads * kernel.per_thread;
+            if self.vectors(kernel) > vectors {
                 let columns = vectors * vector(self.problem, kernel.access);
                 return wrong("columns", columns, self.problem.cols);
             }
+            let least = match kernel.regime {
+                // Only persistent warps count those beside them.
+                Regime::Warp if kernel.slots > 0 => 1,
+                Regime::Warp => most,
+                _ => self.warps_for(kernel, blocks),
+            };
             if warps < least {
                 return Err(format!("expected {least} warps or more, got {warps}"));
             }
@@ -1872,74 +1869,92 @@ mod tests {
         }
     }
 
+    /// What is said of a choice that is refused.
+    fn refusal<T: std::fmt::Debug>(planned: Result<T>) -> String {
+        let error = planned.unwrap_err().to_string();
+        error.lines().next().unwrap_or_default().to_owned()
+    }
+
     #[test]
     fn strips_of_too_much_are_refused() {
-        let refused = |rows, cols| {
-            let p = problem(rows, cols, DType::F32);
-            let choice = Choice {
-                entry: "backward_strips_wide_2",
-                warps: 8,
-                blocks: 1,
-            };
-            let error = backward(&p, Access::Wide, &H200, Some(&choice)).unwrap_err();
-            error.to_string().lines().next().map(str::to_owned).unwrap()
+        let choice = Choice {
+            entry: "backward_strips_wide_2",
+            warps: 8,
+            blocks: 1,
         };
-        let prefix = "layer-norm: tuning: `backward_strips_wide_2`: expected";
-        assert_eq!(
-            refused(4096, 768),
-            format!("{prefix} rows to 2048, got 4096")
-        );
-        assert_eq!(
-            refused(2048, 2048),
-            format!("{prefix} bytes of x and dy to 17476266, got 33554432")
-        );
+        for (rows, cols, why) in [
+            (4096, 768, "expected rows to 2048, got 4096"),
+            (
+                2048,
+                2048,
+                "expected bytes of x and dy to 17476266, got 33554432",
+            ),
+        ] {
+            let p = problem(rows, cols, DType::F32);
+            assert_eq!(
+                refusal(backward(&p, Access::Wide, &H200, Some(&choice))),
+                format!("layer-norm: tuning: `backward_strips_wide_2`: {why}")
+            );
+        }
     }
 
     #[test]
     fn a_choice_that_cannot_hold_the_row_is_refused() {
         let p = problem(64, 8192, DType::F32);
-        let refused = |entry, warps, blocks| {
-            forward(
-                &p,
-                Access::Wide,
-                &H200,
-                Some(&Choice {
-                    entry,
-                    warps,
-                    blocks,
-                }),
-            )
-            .unwrap_err()
-            .to_string()
-            .lines()
-            .next()
-            .map(str::to_owned)
-            .unwrap()
-        };
-        assert_eq!(
-            refused("forward_block_twice_4x1", 8, 1),
-            "layer-norm: tuning: `forward_block_twice_4x1`: expected 16 warps or more, got 8"
-        );
-        assert_eq!(
-            refused("forward_block_twice_4x1", 17, 1),
-            "layer-norm: tuning: `forward_block_twice_4x1`: expected warps to 16, got 17"
-        );
-        assert_eq!(
-            refused("forward_block_wide_4x1", 4, 1),
-            "layer-norm: tuning: `forward_block_wide_4x1`: expected columns to 2048, got 8192"
-        );
-        assert_eq!(
-            refused("forward_long_cluster_wide", 11, 3),
-            "layer-norm: tuning: `forward_long_cluster_wide`: expected a cluster of 2, 4, .. blocks to 16, got 3"
-        );
-        assert_eq!(
-            refused("forward_block_single_16x1", 16, 1),
-            "layer-norm: tuning: no kernel `forward_block_single_16x1` for f32 of 8192 columns"
-        );
-        assert_eq!(
-            refused("split_moments_wide", 8, 1 << 24),
-            "layer-norm: tuning: `split_moments_wide`: expected blocks to 8, got 16777216"
-        );
+        for (entry, warps, blocks, why) in [
+            (
+                "forward_block_twice_4x1",
+                8,
+                1,
+                "`forward_block_twice_4x1`: expected 16 warps or more, got 8",
+            ),
+            (
+                "forward_block_twice_4x1",
+                17,
+                1,
+                "`forward_block_twice_4x1`: expected warps to 16, got 17",
+            ),
+            (
+                "forward_block_wide_4x1",
+                4,
+                1,
+                "`forward_block_wide_4x1`: expected columns to 2048, got 8192",
+            ),
+            (
+                "forward_warp_wide_32x4x1",
+                4,
+                1,
+                "`forward_warp_wide_32x4x1`: expected columns to 512, got 8192",
+            ),
+            (
+                "forward_long_cluster_wide",
+                11,
+                3,
+                "`forward_long_cluster_wide`: expected a cluster of 2, 4, .. blocks to 16, got 3",
+            ),
+            (
+                "forward_block_single_16x1",
+                16,
+                1,
+                "no kernel `forward_block_single_16x1` for f32 of 8192 columns",
+            ),
+            (
+                "split_moments_wide",
+                8,
+                1 << 24,
+                "`split_moments_wide`: expected blocks to 8, got 16777216",
+            ),
+        ] {
+            let choice = Choice {
+                entry,
+                warps,
+                blocks,
+            };
+            assert_eq!(
+                refusal(forward(&p, Access::Wide, &H200, Some(&choice))),
+                format!("layer-norm: tuning: {why}")
+            );
+        }
     }
 
     #[test]
