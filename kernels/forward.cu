@@ -5,13 +5,14 @@
 // Algorithm     Each thread loads its kPer vectors of kRows rows. The sum of the first vectors gives a center near the row's mean, then the sums
 //               of (x - center) and (x - center)^2 its mean and variance (two-pass, corrected for how far off the center is). Lanes meet
 //               in shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
-//               weight and bias come from L1 or L2, once for the kRows rows.
+//               weight and bias come from L1 or L2, once for the kRows rows; in small kernels they are asked for with x.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
 // Launch        forward_warp_{wide,shifted,single,add}_LxPxR: block 128, L lanes for R rows, cols / kVec <= L * P, grid rows / R * L / 128;
 //               shifted, R > 1: L lanes for each of kVec rows of every R * kVec.
+//               forward_warp_small_LxPx1, forward_block_small_BxPx1: the same, of exactly B threads, for calls of one wave.
 //               forward_block_{wide,twice,thrice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
 //               rows, grid rows / R, cols / kVec <= B * P. twice, thrice: x is loaded so often.
-//               wide, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
+//               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
 //               weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
@@ -91,26 +92,71 @@ __device__ __forceinline__ void write_rows(const Part (&slices)[kRows], const No
   else write_rows_of<false>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
 }
 
-template <typename Part, int kLanes, int kRows> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
+// Small kernels: weight and bias of a thread's kPer vectors, asked for right behind x, so that a call that is over in one wave waits for
+// memory once. 0: not so.
+template <int kPer> struct Affine {
+  Vec<Param, kWide> w[kPer], b[kPer];
+  __device__ __forceinline__ void load(const Param* weight, const Param* bias, int t, int threads, int cols) {
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * threads + t) * kWide;
+      w[k] = load_vec_if<Param, kWide>(weight + c, weight && c < cols);
+      b[k] = load_vec_if<Param, kWide>(bias + c, bias && c < cols);
+    }
+  }
+  // `offset`: of a weight that is absent, and was loaded as 0, it is 1.
+  __device__ __forceinline__ void write(const Slice<kWide, kPer>& slice, const Normalizer& n, X* y, Acc offset, bool valid, int t, int threads,
+                                        int cols) const {
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      const int c = (k * threads + t) * kWide;
+      Acc f[kWide];
+#pragma unroll
+      for (int i = 0; i < kWide; i++) f[i] = n.xhat(slice.v[k][i]) * (w[k][i] + offset) + b[k][i];
+      store<X, kWide>(y + c, f, valid && c < cols);
+    }
+  }
+};
+template <> struct Affine<0> {
+  __device__ __forceinline__ void load(const Param*, const Param*, int, int, int) {}
+};
+
+// As `inverse`, to an ulp of f32, in one instruction where the exact quotient is 45: what it scales are sums of deviations. Blocks of
+// shifted rows and with a residual spill for it.
+__device__ __forceinline__ Acc near_inverse(int n) {
+#if !defined(LN_SHIFTED) && !defined(LN_ADD) && !defined(LN_SINGLE)
+  if constexpr (sizeof(Acc) == 4) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(float(n)));
+    return r;
+  }
+#endif
+  return inverse(n);
+}
+
+template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
   static_assert(Part::kMostOuter <= kLanes, "an element outside vectors a lane");
   const int t = threadIdx.x % kLanes;
   constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
   const int64_t group = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes, first = group / kApart * kApart * kRows + group % kApart;
   // Lanes past the last row stay for the shuffles.
   const int own_rows = int(max(int64_t(0), min(int64_t(kRows), (rows - first + kApart - 1) / kApart)));
-  const Acc inv_cols = inverse(cols);
+  const Acc inv_cols = kSmall ? near_inverse(cols) : inverse(cols);
   x += first * cols;
   Part slices[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0);
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, t, kLanes, r < own_rows ? cols : 0);
+  Affine<kSmall ? Part::kVectors : 0> affine;
+  affine.load(weight, bias, t, kLanes, cols);
   Acc centers[kRows];
   Pair sums[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) centers[r] = slices[r].template sum<1>();
   warp_sums(centers, kLanes);
-  const Acc inv_summed = inverse(slices[0].template summed<1>(kLanes, cols));
+  const int summed = slices[0].template summed<1>(kLanes, cols);
+  const Acc inv_summed = kSmall ? near_inverse(summed) : inverse(summed);
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     centers[r] = remove_mean ? centers[r] * inv_summed : Acc(0);
@@ -127,23 +173,40 @@ template <typename Part, int kLanes, int kRows> __device__ __forceinline__ void 
       if (rstd) rstd[first + r * kApart] = n[r].rstd;
     }
   }
-  write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, t, kLanes, cols);
+  if constexpr (kSmall) affine.write(slices[0], n[0], y + first * cols, weight ? weight_offset : Acc(1), own_rows > 0, t, kLanes, cols);
+  else write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, t, kLanes, cols);
 }
 
-// kWarps: a power of 2, no less than the warps of a block.
+// The sum of what `warps` warps left in shared memory. Of up to kRead, each lane reads it all, 16 bytes at a time, in less time than shuffles
+// take.
+template <int kRead, typename T, int kWarps> __device__ __forceinline__ T sum_of_warps(const T (&parts)[kWarps], int warps) {
+  if constexpr (kWarps <= kRead) {
+    T sum = parts[0];
+#pragma unroll
+    for (int w = 1; w < kWarps; w++)
+      if (w < warps) sum = sum + parts[w];
+    return sum;
+  } else {
+    // Each group of kWarps lanes collects what all warps have.
+    const int w = threadIdx.x % kWarps;
+    T sum[1] = {w < warps ? parts[w] : T{}};
+    warp_sums(sum, kWarps);
+    return sum[0];
+  }
+}
+
+// kWarps: a power of 2, no less than the warps of a block; small: so many.
 // kLoads: how often x is loaded. Of three passes over it, two or three load it then, which stays in L1 between them: fewer registers, more
 // threads. L2 is told to keep x until the last of these, and then to give its place to y.
-template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
-  __shared__ Acc warp_centers[kRows][kWarps];
-  __shared__ Pair warp_parts[kRows][kWarps];
+template <typename Part, int kRows, int kWarps, int kLoads, bool kSmall = false> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
+  __shared__ __align__(16) Acc warp_centers[kRows][kWarps];
+  __shared__ __align__(16) Pair warp_parts[kRows][kWarps];
   const int64_t first = int64_t(blockIdx.x) * kRows;
   const int own_rows = kRows == 1 ? 1 : int(min(int64_t(kRows), rows - first));
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = blockDim.x;
-  constexpr int kSummed = kLoads < 3 ? 1 : Part::kVectors;
-  // Each group of kWarps lanes collects what all warps have.
-  const int other = lane % kWarps;
-  const bool collects = other < threads / kWarp;
-  const Acc inv_cols = inverse(cols);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = kSmall ? kWarps * kWarp : int(blockDim.x);
+  // More would take registers from what the block holds of the row.
+  constexpr int kSummed = kLoads < 3 ? 1 : Part::kVectors, kRead = kSmall ? 8 : 4;
+  const Acc inv_cols = near_inverse(cols);
   x += first * cols;
   Part slices[kRows];
   const auto load = [&](uint64_t policy) {
@@ -158,6 +221,8 @@ template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forcein
   load(kLoads > 1 ? evict_last() : 0);
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
+  Affine<kSmall ? Part::kVectors : 0> affine;
+  affine.load(weight, bias, threadIdx.x, threads, cols);
   Acc centers[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) centers[r] = 0;
@@ -170,10 +235,8 @@ template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forcein
       for (int r = 0; r < kRows; r++) warp_centers[r][warp] = centers[r];
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < kRows; r++) centers[r] = collects ? warp_centers[r][other] : Acc(0);
-    warp_sums(centers, kWarps);
-#pragma unroll
-    for (int r = 0; r < kRows; r++) centers[r] *= inverse(slices[r].template summed<kSummed>(threads, cols));
+    for (int r = 0; r < kRows; r++)
+      centers[r] = sum_of_warps<kRead>(warp_centers[r], threads / kWarp) * near_inverse(slices[r].template summed<kSummed>(threads, cols));
   }
   if (kLoads > 2) load(evict_last());
   Pair sums[kRows];
@@ -185,8 +248,7 @@ template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forcein
     for (int r = 0; r < kRows; r++) warp_parts[r][warp] = sums[r];
   __syncthreads();
 #pragma unroll
-  for (int r = 0; r < kRows; r++) sums[r] = collects ? warp_parts[r][other] : Pair{0, 0};
-  warp_sums(sums, kWarps);
+  for (int r = 0; r < kRows; r++) sums[r] = sum_of_warps<kRead>(warp_parts[r], threads / kWarp);
   Normalizer n[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
@@ -198,7 +260,8 @@ template <typename Part, int kRows, int kWarps, int kLoads> __device__ __forcein
     }
   }
   if (kLoads > 1) load(evict_first());
-  write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
+  if constexpr (kSmall) affine.write(slices[0], n[0], y + first * cols, weight ? weight_offset : Acc(1), own_rows > 0, threadIdx.x, threads, cols);
+  else write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
 }
 
 #ifdef LN_SHIFTED
@@ -215,7 +278,16 @@ template <int kVec, int kPer> using Part = Slice<kVec, kPer>;
   }
 #define FORWARD_BLOCK(name, vec, per, rows, threads, blocks, loads)                                                    \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_##name##_##per##x##rows(FORWARD_ARGUMENTS) { \
-    forward_block<Part<vec, per>, rows, (threads > 512 ? 32 : threads > 256 ? 16 : 8), loads>(FORWARD_PASS);                                     \
+    forward_block<Part<vec, per>, rows, (threads > 512 ? 32 : threads > 256 ? 16 : threads > 128 ? 8 : 4), loads>(FORWARD_PASS); \
+  }
+// `blocks` on a multiprocessor, for any dtype of weight: a call of more takes the kernels above.
+#define FORWARD_WARP_SMALL(lanes, per, blocks)                                                                         \
+  extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks) forward_warp_small_##lanes##x##per##x1(FORWARD_ARGUMENTS) { \
+    forward_warp<Slice<kWide, per>, lanes, 1, true>(FORWARD_PASS);                                                     \
+  }
+#define FORWARD_BLOCK_SMALL(threads, per, blocks)                                                                      \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_small_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
+    forward_block<Slice<kWide, per>, 1, threads / kWarp, 1, true>(FORWARD_PASS);                                       \
   }
 
 // Without clusters, a block takes rows as long as it can, alone on its multiprocessor.
@@ -278,14 +350,26 @@ FORWARD_WARP(wide, kWide, 16, 2, 2, 8)
 FORWARD_WARP(wide, kWide, 16, 4, 1, 8)
 FORWARD_WARP(wide, kWide, 32, 3, 1, 8)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 7)
-FORWARD_WARP(wide, kWide, 32, 6, 1, 5)
+FORWARD_WARP_SMALL(16, 2, 7)
+FORWARD_WARP_SMALL(32, 2, 7)
+FORWARD_WARP_SMALL(32, 3, 5)
+FORWARD_WARP_SMALL(32, 4, 4)
+FORWARD_BLOCK_SMALL(64, 4, 8)
+FORWARD_BLOCK_SMALL(128, 4, 4)
+FORWARD_BLOCK_SMALL(256, 4, 2)
+FORWARD_BLOCK(wide, kWide, 3, 1, 64, 14 - 2 * (sizeof(Param) > sizeof(X)), 1)
 FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
 FORWARD_BLOCK_MOST(twice, kWide, 4, 512, 3, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
 FORWARD_WARP(wide, kWide, 16, 4, 2, 6)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 8)
-FORWARD_BLOCK(wide, kWide, 2, 1, 512, 3, 1)
+FORWARD_WARP_SMALL(8, 4, 7)
+FORWARD_WARP_SMALL(16, 4, 7)
+FORWARD_WARP_SMALL(32, 6, 4)
+FORWARD_BLOCK_SMALL(64, 4, 16)
+FORWARD_BLOCK_SMALL(128, 4, 8)
+FORWARD_BLOCK_SMALL(256, 4, 4)
 FORWARD_BLOCK(wide, kWide, 4, 1, 128, 8, 1)
 FORWARD_BLOCK(thrice, kWide, 4, 1, 256, 6, 3)
 FORWARD_BLOCK(twice, kWide, 4, 1, 512, 3, 2)

@@ -21,7 +21,7 @@
 //! ```json
 //! {"crate": "candle-fused-layer-norm", "version": "0.1.0", "gpu": "NVIDIA H200", "multiprocessors": 132, "choices": [
 //!   {"dir": "fwd", "dtype": "f32", "param_dtype": "f32", "access": "wide", "rows": 512, "cols": 768,
-//!    "kernel": "forward_block_thrice_4x1", "warps": 2, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
+//!    "kernel": "forward_block_small_64x4x1", "warps": 2, "blocks": 1, "us": 5.0, "builtin_us": 5.6}
 //! ]}
 //! ```
 //!
@@ -480,7 +480,7 @@ mod tests {
         Ok((plan.launches[0].entry, plan.launches[0].block[0]))
     }
 
-    const BUILT_IN: (&str, u32) = ("forward_block_thrice_4x1", 256);
+    const BUILT_IN: (&str, u32) = ("forward_block_small_256x4x1", 256);
 
     #[test]
     fn a_file_comes_back_as_it_was_written() {
@@ -539,7 +539,7 @@ mod tests {
         assert_eq!(of(1448), x8);
         assert_eq!(of(1449).0, cluster);
         assert_eq!(of(4096).0, cluster);
-        assert_eq!(of(4097), BUILT_IN);
+        assert_eq!(of(4097), ("forward_block_thrice_4x1", 256));
     }
 
     #[test]
@@ -581,6 +581,7 @@ mod tests {
     fn a_choice_that_cannot_hold_the_row_leaves_the_built_in_plan() {
         for (kernel, warps, blocks) in [
             ("forward_block_wide_8x1", 3, 1),
+            ("forward_block_small_256x4x1", 7, 1),
             ("forward_block_wide_8x1", usize::MAX, 1),
             ("forward_block_wide_8x1", 4, usize::MAX),
             ("forward_block_single_16x1", 8, 1),

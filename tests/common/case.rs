@@ -305,28 +305,44 @@ impl Case {
         })
     }
 
-    /// As `gradients`, by the kernels of larger tensors, if the case is so small that CUDA differentiates it by kernels of its own.
-    #[cfg(feature = "cuda")]
+    /// As `forward`, by the kernels of larger tensors, if the case is so small that CUDA has kernels of their own for it.
+    pub fn forward_as_of_larger(&self, device: &Device) -> Result<Option<Tensor>> {
+        self.as_of_larger(device, || self.forward(device))
+    }
+
+    /// As `gradients`, in the same way.
     pub fn gradients_as_of_larger(&self, device: &Device) -> Result<Option<Outputs>> {
-        use candle_fused_layer_norm::bench::{self, Choice};
+        self.as_of_larger(device, || self.gradients(device))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn as_of_larger<T>(&self, device: &Device, f: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        use candle_fused_layer_norm::bench::{self, Candidates, Choice};
         if !device.is_cuda() || self.x.is_empty() {
             return Ok(None);
         }
         let xs = self.xs(device)?;
-        let normalized = &self.shape[self.shape.len() - self.normalized_dims..];
-        let weight = Tensor::ones(normalized, self.dtypes.params, device)?;
-        let choices = bench::backward_candidates(&xs, &weight, &xs)?.choices;
-        let small = |choice: &Choice| choice.entry.starts_with("backward_strips");
-        if !small(&choices[0]) {
+        let weight = Tensor::ones(self.normalized_shape(), self.dtypes.params, device)?;
+        let larger = |candidates: Candidates| {
+            let small = |choice: &Choice| {
+                choice.entry.contains("_small_") || choice.entry.starts_with("backward_strips")
+            };
+            let choices = candidates.choices;
+            small(&choices[0]).then(|| {
+                let larger = choices.iter().copied().find(|choice| !small(choice));
+                larger.unwrap_or_else(|| panic!("{self}: {choices:?}"))
+            })
+        };
+        let forward = larger(bench::forward_candidates(&xs, &weight, &weight)?);
+        let backward = larger(bench::backward_candidates(&xs, &weight, &xs)?);
+        if forward.is_none() && backward.is_none() {
             return Ok(None);
         }
-        let larger = choices.iter().copied().find(|choice| !small(choice));
-        assert!(larger.is_some(), "{self}: {choices:?}");
-        bench::forced(None, larger, || self.gradients(device)).map(Some)
+        bench::forced(forward, backward, f).map(Some)
     }
 
     #[cfg(not(feature = "cuda"))]
-    pub fn gradients_as_of_larger(&self, _: &Device) -> Result<Option<Outputs>> {
+    fn as_of_larger<T>(&self, _: &Device, _: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
         Ok(None)
     }
 

@@ -143,7 +143,17 @@ pub const GRID: &[GridShape] = &[
     ),
     // Aligned rows just past what an owner of a row holds on CUDA; powers of two above are the last ones held.
     every(3, 258, "f64: the first past a warp"),
-    every(3, 1032, "the first past a warp"),
+    every(
+        9,
+        136,
+        "the first past 32 vectors of f32, 16 of halves: forward of small calls and of larger",
+    ),
+    every(5, 264, "the same of 64, 32"),
+    every(5, 520, "the same of 128, 64"),
+    every(3, 776, "the same of 192, 96"),
+    every(3, 1032, "the same of 256, 128"),
+    every(3, 2056, "the same of 512, 256"),
+    every(2, 4104, "the same of 1024, 512"),
     every(2, 3074, "f64: the first past a block, backward"),
     every(2, 4100, "f32: the first past a block, backward"),
     every(
