@@ -1770,7 +1770,11 @@ mod tests {
     fn every_candidate_covers_its_rows() {
         for device in DEVICES {
             for (rows, cols) in [
+                (5, 136),
+                (7400, 256),
                 (512, 768),
+                (2112, 1032),
+                (100, 4104),
                 (8192, 8192),
                 (2048, 32768),
                 (512, 131072),
