@@ -749,16 +749,18 @@ impl<'a> Planner<'a> {
             .max(least)
     }
 
-    /// Whether all blocks of a small kernel are resident at once; any kernel else may have more.
-    fn is_small_enough(&self, kernel: &Kernel) -> bool {
-        let blocks = match kernel.regime {
-            Regime::Warp => {
-                let threads = self.problem.rows.saturating_mul(kernel.lanes);
-                threads.div_ceil(kernel.most_warps[0] * WARP)
-            }
-            _ => self.problem.rows,
+    /// Blocks of a forward launch whose lanes, or blocks, take rows once.
+    fn row_blocks(&self, kernel: &Kernel, warps: usize) -> usize {
+        // Rows that lanes take together start equally far from 16 bytes.
+        let apart = match kernel.access {
+            Access::Shifted if kernel.rows > 1 => vector(self.problem, kernel.access),
+            _ => 1,
         };
-        !kernel.small || blocks <= kernel.resident * self.device.multiprocessors
+        let groups = self.problem.rows.div_ceil(kernel.rows * apart) * apart;
+        match kernel.regime {
+            Regime::Warp => groups.div_ceil(warps * WARP / kernel.lanes),
+            _ => groups,
+        }
     }
 
     /// What of this problem is more than strips take, their limit, and how much it is. Blocks that own columns and blocks that own rows read x and dy
@@ -785,7 +787,8 @@ impl<'a> Planner<'a> {
             })
         };
         let most = self.most_warps(kernel);
-        if !self.is_small_enough(kernel) {
+        let at_once = kernel.resident * self.device.multiprocessors;
+        if kernel.small && self.row_blocks(kernel, most) > at_once {
             return None;
         }
         match kernel.regime {
@@ -1032,23 +1035,9 @@ impl<'a> Planner<'a> {
             launches,
         };
         match kernel.regime {
-            Regime::Warp => {
-                let threads = warps * WARP;
-                // Rows that lanes take together start equally far from 16 bytes.
-                let apart = match kernel.access {
-                    Access::Shifted if kernel.rows > 1 => vector(problem, kernel.access),
-                    _ => 1,
-                };
-                let groups = problem.rows.div_ceil(kernel.rows * apart) * apart;
-                Ok(plan(vec![launch(
-                    kernel.entry,
-                    [groups.div_ceil(threads / kernel.lanes), 1],
-                    threads,
-                )?]))
-            }
-            Regime::Block => Ok(plan(vec![launch(
+            Regime::Warp | Regime::Block => Ok(plan(vec![launch(
                 kernel.entry,
-                [problem.rows.div_ceil(kernel.rows), 1],
+                [self.row_blocks(kernel, warps), 1],
                 warps * WARP,
             )?])),
             Regime::Cluster | Regime::Grid => Ok(plan(vec![self.ring(kernel, choice, 1)?.0])),
