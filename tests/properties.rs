@@ -283,6 +283,27 @@ impl Spec {
         let name = format!("{self:?} on {:?}", device.location());
         assert_eq!((y.dims(), y.dtype()), (xs.dims(), xs.dtype()), "{name}: y");
         assert_close(&name, "y", &y, &oracle.y());
+        let repeats = match self.follower {
+            Follower::SumOverFirstDim => self.shape[0],
+            _ => 1,
+        };
+        let dweight = || oracle.dweight().over_repeats(repeats);
+        let dbias = || oracle.dbias().over_repeats(repeats);
+        // The same data, dense: few calls here are large enough for those kernels.
+        if let Some(larger) = case.gradients_as_of_larger(device)? {
+            let name = format!("{name}, by the kernels of larger calls");
+            assert_close(&name, "y", &larger.y, &oracle.y());
+            for (output, got, wanted, want) in [
+                ("dx", larger.dx, true, oracle.dx()),
+                ("dweight", larger.dweight, case.kind.has_weight(), dweight()),
+                ("dbias", larger.dbias, case.kind.has_bias(), dbias()),
+            ] {
+                assert_eq!(got.is_some(), wanted, "{name}: {output}");
+                if let Some(got) = got {
+                    assert_close(&name, output, &got, &want);
+                }
+            }
+        }
         let tracked = [&xs_var, &weight_var, &bias_var]
             .iter()
             .any(|var| var.is_some());
@@ -300,10 +321,6 @@ impl Spec {
             }
             Follower::SumOverFirstDim => (y.sum_keepdim(0)?, dy.narrow(0, 0, 1)?),
         };
-        let repeats = match self.follower {
-            Follower::SumOverFirstDim => self.shape[0],
-            _ => 1,
-        };
         let grads = (y * dy)?.sum_all()?.backward()?;
         for (output, var, view, mut want, shape) in [
             (
@@ -317,20 +334,8 @@ impl Spec {
                 },
                 case.shape.as_slice(),
             ),
-            (
-                "dweight",
-                &weight_var,
-                weight_view,
-                oracle.dweight().over_repeats(repeats),
-                normalized,
-            ),
-            (
-                "dbias",
-                &bias_var,
-                bias_view,
-                oracle.dbias().over_repeats(repeats),
-                normalized,
-            ),
+            ("dweight", &weight_var, weight_view, dweight(), normalized),
+            ("dbias", &bias_var, bias_view, dbias(), normalized),
         ] {
             let Some(var) = var else { continue };
             let gradient = grads

@@ -307,16 +307,21 @@ impl Case {
 
     /// As `forward`, by the kernels of larger tensors, if the case is so small that CUDA has kernels of their own for it.
     pub fn forward_as_of_larger(&self, device: &Device) -> Result<Option<Tensor>> {
-        self.as_of_larger(device, || self.forward(device))
+        self.as_of_larger(device, false, || self.forward(device))
     }
 
-    /// As `gradients`, in the same way.
+    /// As `gradients`, in the same way, if either pass has such kernels.
     pub fn gradients_as_of_larger(&self, device: &Device) -> Result<Option<Outputs>> {
-        self.as_of_larger(device, || self.gradients(device))
+        self.as_of_larger(device, true, || self.gradients(device))
     }
 
     #[cfg(feature = "cuda")]
-    fn as_of_larger<T>(&self, device: &Device, f: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    fn as_of_larger<T>(
+        &self,
+        device: &Device,
+        goes_back: bool,
+        f: impl FnOnce() -> Result<T>,
+    ) -> Result<Option<T>> {
         use candle_fused_layer_norm::bench::{self, Candidates, Choice};
         if !device.is_cuda() || self.x.is_empty() {
             return Ok(None);
@@ -334,7 +339,10 @@ impl Case {
             })
         };
         let forward = larger(bench::forward_candidates(&xs, &weight, &weight)?);
-        let backward = larger(bench::backward_candidates(&xs, &weight, &xs)?);
+        let backward = match goes_back {
+            true => larger(bench::backward_candidates(&xs, &weight, &xs)?),
+            false => None,
+        };
         if forward.is_none() && backward.is_none() {
             return Ok(None);
         }
@@ -342,7 +350,12 @@ impl Case {
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn as_of_larger<T>(&self, _: &Device, _: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    fn as_of_larger<T>(
+        &self,
+        _: &Device,
+        _: bool,
+        _: impl FnOnce() -> Result<T>,
+    ) -> Result<Option<T>> {
         Ok(None)
     }
 
