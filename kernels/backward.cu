@@ -84,6 +84,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   // Of this lane's first vector in the next row to be copied, and to be written.
   const int64_t step = stride * cols;
   int64_t next = own_first * cols + frame.column(t), out = next;
+  const uint64_t policy = evict_last();
   const auto fill = [&](int it, uint32_t at) {
     if (it < iterations) {
 #pragma unroll
@@ -92,11 +93,11 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
         const int64_t from = next + k * kLanes * kVec;
         if (!valid[k]) continue;
         if constexpr (kShifted) {
-          C::fill_by_l1(xs, x + from, it < own_iterations);
-          C::fill_by_l1(dys, dy + from, it < own_iterations);
+          C::fill_by_l1(xs, x + from, it < own_iterations, policy);
+          C::fill_by_l1(dys, dy + from, it < own_iterations, policy);
         } else {
-          C::fill(xs, x + from, it < own_iterations);
-          C::fill(dys, dy + from, it < own_iterations);
+          C::fill(xs, x + from, it < own_iterations, policy);
+          C::fill(dys, dy + from, it < own_iterations, policy);
         }
       }
     }

@@ -158,6 +158,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     int next_end = end_in(first_frame);
     Statistics<1, true> statistics;
     statistics.load(mean, rstd, own_rows, 0);
+    const uint64_t policy = evict_last();
     const auto fill = [&](int it, uint32_t at) {
       if (it < own_rows.count) {
         if (own_rows.starts_kind(next)) {
@@ -171,11 +172,11 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
           // Of sorted rows, one may have a vector less than the one whose slots it takes.
           if constexpr (kShifted) {
-            C::fill_by_l1(xs, x + from + k * kWarp * kVec, held);
-            C::fill_by_l1(dys, dy + from + k * kWarp * kVec, held);
+            C::fill_by_l1(xs, x + from + k * kWarp * kVec, held, policy);
+            C::fill_by_l1(dys, dy + from + k * kWarp * kVec, held, policy);
           } else if (held) {
-            C::fill(xs, x + from + k * kWarp * kVec);
-            C::fill(dys, dy + from + k * kWarp * kVec);
+            C::fill(xs, x + from + k * kWarp * kVec, policy);
+            C::fill(dys, dy + from + k * kWarp * kVec, policy);
           }
         }
       }

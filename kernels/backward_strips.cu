@@ -38,8 +38,8 @@ __device__ __forceinline__ void sum_strip(int strip, int t, int threads, Param* 
       const int r = row + j * groups;
       const bool valid = r < rows && c < cols;
       const int64_t at = int64_t(r) * cols + c;
-      xs[j] = load_vec_if<X, kVec>(x + at, valid);
-      dys[j] = load_vec_if<X, kVec>(dy + at, valid);
+      xs[j] = load_vec_if<X, kVec>(x + at, valid, evict_last());
+      dys[j] = load_vec_if<X, kVec>(dy + at, valid, evict_last());
       n[j].mean = mean && valid ? __ldg(mean + r) : Acc(0);
       n[j].rstd = valid ? __ldg(rstd + r) : Acc(0);
     }
@@ -82,8 +82,8 @@ __device__ __forceinline__ void write_row(int64_t row, bool owns, int t, int lan
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * lanes + t) * kVec;
-    xs[k] = load_vec_if<X, kVec>(x + start + c, owns && c < cols);
-    dys[k] = load_vec_if<X, kVec>(dy + start + c, owns && c < cols);
+    xs[k] = load_vec_if<X, kVec>(x + start + c, owns && c < cols, evict_last());
+    dys[k] = load_vec_if<X, kVec>(dy + start + c, owns && c < cols, evict_last());
     w[k] = with_offset<kVec>(weight ? load_vec_if<Param, kVec>(weight + c, c < cols) : filled<Param, kVec>(1), weight_offset);
   }
   const Normalizer n = {mean && owns ? __ldg(mean + row) : Acc(0), owns ? __ldg(rstd + row) : Acc(0)};

@@ -116,7 +116,20 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
   return r;
 }
 
-// The same without a branch, so that vectors that may not be valid are in one basic block, where their loads overlap.
+// The same, and each call loads. L2 keeps it as the policy says, but for single elements.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec(const T* p, bool valid, uint64_t policy) {
+  if constexpr (sizeof(Vec<T, kVec>) == 16) {
+    Vec<T, kVec> r = filled<T, kVec>(0);
+    uint4& u = reinterpret_cast<uint4&>(r);
+    if (valid)
+      asm volatile("ld.global.nc.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w) : "l"(p), "l"(policy));
+    return r;
+  } else {
+    return load_vec<T, kVec>(p, valid);
+  }
+}
+
+// As load_vec without a branch, so that vectors that may not be valid are in one basic block, where their loads overlap.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid) {
   Vec<T, kVec> r;
   if constexpr (sizeof(r) >= 16) {
@@ -132,15 +145,18 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
     return load_vec<T, kVec>(p, valid);
   }
 }
-// The same of memory that is read again: each call loads, and L2 keeps it as the policy says.
+// The same with a policy.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid, uint64_t policy) {
   Vec<T, kVec> r;
-  static_assert(sizeof(r) == 16, "16 bytes");
-  uint4& u = reinterpret_cast<uint4&>(r);
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-               " @p ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
-               : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(p), "r"(uint32_t(valid)), "l"(policy));
-  return r;
+  if constexpr (sizeof(r) == 16) {
+    uint4& u = reinterpret_cast<uint4&>(r);
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
+                 : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(p), "r"(uint32_t(valid)), "l"(policy));
+    return r;
+  } else {
+    return load_vec<T, kVec>(p, valid);
+  }
 }
 
 // How far p is past 16 bytes, in bytes.
@@ -204,7 +220,8 @@ __device__ __forceinline__ void prefetch_if(const void* p, bool valid) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"(uint32_t(valid)));
 }
 
-// How long L2 keeps what is loaded, copied or stored.
+// How long L2 keeps what is loaded, copied or stored. x and dy, though read once, are to be evicted last: what is written leaves for memory
+// sooner then, and tensors that L2 does not hold pass 1 to 5% faster (README.md, log: what the next kernel finds, too).
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
@@ -397,29 +414,26 @@ template <typename T> __device__ __forceinline__ void store_shared(uint32_t a, c
   }
 }
 
-// Copies kBytes.
-template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+// Copies kBytes through L1, of which L2 keeps as the policy says.
+template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t to, const void* from, uint64_t policy) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");
-  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "l"(policy) : "memory");
 }
-// Copies kBytes, or writes zeros and reads nothing.
-template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  const int bytes = valid ? kBytes : 0;
+// The same, or writes zeros and reads nothing.
+template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t to, const void* from, bool valid, uint64_t policy) {
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0), "l"(policy)
+               : "memory");
+}
+// As these, past L1 if it is 16 bytes.
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64_t policy) {
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+  else copy_async_by_l1<kBytes>(to, from, policy);
 }
-// As above, through L1.
-template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0) : "memory");
-}
-__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-}
-__device__ __forceinline__ void copy_async16_by_l1(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, uint64_t policy) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0), "l"(policy) : "memory");
+  else copy_async_by_l1<kBytes>(to, from, valid, policy);
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void copy_async_wait() {

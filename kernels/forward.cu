@@ -9,9 +9,10 @@
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
 // Launch        forward_warp_{wide,shifted,single,add}_LxPxR: block 128, L lanes for R rows, cols / kVec <= L * P, grid rows / R * L / 128;
 //               shifted, R > 1: L lanes for each of kVec rows of every R * kVec.
-//               forward_warp_small_LxPx1, forward_block_small_BxPx1: the same, of exactly B threads, for calls of one wave.
-//               forward_block_{wide,twice,thrice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
-//               rows, grid rows / R, cols / kVec <= B * P. twice, thrice: x is loaded so often.
+//               forward_warp_small_LxPx1, forward_block_small_BxPx1: the same, of exactly B threads, for calls of one wave;
+//               forward_block_wide_BxPx1 for more.
+//               forward_block_{wide,twice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
+//               rows, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
 //               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
 //               weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
@@ -141,11 +142,12 @@ template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ 
   const int64_t group = (int64_t(blockIdx.x) * kWarpRowThreads + threadIdx.x) / kLanes, first = group / kApart * kApart * kRows + group % kApart;
   // Lanes past the last row stay for the shuffles.
   const int own_rows = int(max(int64_t(0), min(int64_t(kRows), (rows - first + kApart - 1) / kApart)));
-  const Acc inv_cols = kSmall ? near_inverse(cols) : inverse(cols);
+  const auto one_over = [](int n) { return kSmall ? near_inverse(n) : inverse(n); };
+  const Acc inv_cols = one_over(cols);
   x += first * cols;
   Part slices[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0);
+  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0, evict_last());
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, t, kLanes, r < own_rows ? cols : 0);
   Affine<kSmall ? Part::kVectors : 0> affine;
@@ -153,10 +155,9 @@ template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ 
   Acc centers[kRows];
   Pair sums[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) centers[r] = slices[r].template sum<1>();
+  for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum_of_first();
   warp_sums(centers, kLanes);
-  const int summed = slices[0].template summed<1>(kLanes, cols);
-  const Acc inv_summed = kSmall ? near_inverse(summed) : inverse(summed);
+  const Acc inv_summed = one_over(slices[0].columns_of_first(kLanes, cols));
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     centers[r] = remove_mean ? centers[r] * inv_summed : Acc(0);
@@ -195,30 +196,25 @@ template <int kRead, typename T, int kWarps> __device__ __forceinline__ T sum_of
   }
 }
 
-// kWarps: a power of 2, no less than the warps of a block; small: so many.
-// kLoads: how often x is loaded. Of three passes over it, two or three load it then, which stays in L1 between them: fewer registers, more
-// threads. L2 is told to keep x until the last of these, and then to give its place to y.
-template <typename Part, int kRows, int kWarps, int kLoads, bool kSmall = false> __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
+// kWarps: a power of 2, no less than the warps of a block; kExact: so many.
+// kLoads: 2 loads x anew, from L1, before y is written: fewer registers, more threads.
+template <typename Part, int kRows, int kWarps, int kLoads, bool kExact = false, bool kSmall = false>
+__device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   __shared__ __align__(16) Acc warp_centers[kRows][kWarps];
   __shared__ __align__(16) Pair warp_parts[kRows][kWarps];
   const int64_t first = int64_t(blockIdx.x) * kRows;
   const int own_rows = kRows == 1 ? 1 : int(min(int64_t(kRows), rows - first));
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = kSmall ? kWarps * kWarp : int(blockDim.x);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = kExact ? kWarps * kWarp : int(blockDim.x);
   // More would take registers from what the block holds of the row.
-  constexpr int kSummed = kLoads < 3 ? 1 : Part::kVectors, kRead = kSmall ? 8 : 4;
+  constexpr int kRead = kExact ? 8 : 4;
   const Acc inv_cols = near_inverse(cols);
   x += first * cols;
   Part slices[kRows];
   const auto load = [&](uint64_t policy) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) {
-      const X* row = x + int64_t(r) * cols;
-      const int own_cols = r < own_rows ? cols : 0;
-      if constexpr (kLoads > 1) slices[r].load(row, threadIdx.x, threads, own_cols, policy);
-      else slices[r].load(row, threadIdx.x, threads, own_cols);
-    }
+    for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0, policy);
   };
-  load(kLoads > 1 ? evict_last() : 0);
+  load(evict_last());
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
   Affine<kSmall ? Part::kVectors : 0> affine;
@@ -228,7 +224,7 @@ template <typename Part, int kRows, int kWarps, int kLoads, bool kSmall = false>
   for (int r = 0; r < kRows; r++) centers[r] = 0;
   if (remove_mean) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) centers[r] = slices[r].template sum<kSummed>();
+    for (int r = 0; r < kRows; r++) centers[r] = slices[r].sum_of_first();
     warp_sums(centers);
     if (lane == 0)
 #pragma unroll
@@ -236,9 +232,8 @@ template <typename Part, int kRows, int kWarps, int kLoads, bool kSmall = false>
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; r++)
-      centers[r] = sum_of_warps<kRead>(warp_centers[r], threads / kWarp) * near_inverse(slices[r].template summed<kSummed>(threads, cols));
+      centers[r] = sum_of_warps<kRead>(warp_centers[r], threads / kWarp) * near_inverse(slices[r].columns_of_first(threads, cols));
   }
-  if (kLoads > 2) load(evict_last());
   Pair sums[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) sums[r] = slices[r].sums(centers[r], threadIdx.x, threads, cols);
@@ -287,6 +282,10 @@ template <int kVec, int kPer> using Part = Slice<kVec, kPer>;
   }
 #define FORWARD_BLOCK_SMALL(threads, per, blocks)                                                                      \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_small_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
+    forward_block<Slice<kWide, per>, 1, threads / kWarp, 1, true, true>(FORWARD_PASS);                                 \
+  }
+#define FORWARD_BLOCK_EXACT(threads, per, blocks)                                                                      \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_wide_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
     forward_block<Slice<kWide, per>, 1, threads / kWarp, 1, true>(FORWARD_PASS);                                       \
   }
 
@@ -316,7 +315,7 @@ FORWARD_WARP(shifted, kWide, 32, 3, 2, 6 - kFew)
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 7 - kFew)
 FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16 - 4 * kFew, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4 - kFew, 1)
-FORWARD_BLOCK_MOST(shiftedtwice, kWide, 4, 512, 3 - kFew, 2)
+FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 512, 2, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 8)
 FORWARD_WARP(shifted, kWide, 32, 6, 2, 4)
@@ -348,7 +347,7 @@ FORWARD_BLOCK(add, kWide, 4, 1, 512, 1, 1)
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
 FORWARD_WARP(wide, kWide, 16, 2, 2, 8)
 FORWARD_WARP(wide, kWide, 16, 4, 1, 8)
-FORWARD_WARP(wide, kWide, 32, 3, 1, 8)
+FORWARD_WARP(wide, kWide, 32, 3, 1, 10)
 FORWARD_WARP(wide, kWide, 32, 4, 1, 7)
 FORWARD_WARP_SMALL(16, 2, 7)
 FORWARD_WARP_SMALL(32, 2, 7)
@@ -358,6 +357,9 @@ FORWARD_BLOCK_SMALL(64, 4, 8)
 FORWARD_BLOCK_SMALL(128, 4, 4)
 FORWARD_BLOCK_SMALL(256, 4, 2)
 FORWARD_BLOCK(wide, kWide, 3, 1, 64, 14 - 2 * (sizeof(Param) > sizeof(X)), 1)
+FORWARD_BLOCK_EXACT(64, 4, 14)
+FORWARD_BLOCK_EXACT(128, 4, 7)
+FORWARD_BLOCK_EXACT(256, 4, 4)
 FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
 FORWARD_BLOCK_MOST(twice, kWide, 4, 512, 3, 2)
 #elif LN_X_BYTES == 4
@@ -370,8 +372,7 @@ FORWARD_WARP_SMALL(32, 6, 4)
 FORWARD_BLOCK_SMALL(64, 4, 16)
 FORWARD_BLOCK_SMALL(128, 4, 8)
 FORWARD_BLOCK_SMALL(256, 4, 4)
-FORWARD_BLOCK(wide, kWide, 4, 1, 128, 8, 1)
-FORWARD_BLOCK(thrice, kWide, 4, 1, 256, 6, 3)
+FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
 FORWARD_BLOCK(twice, kWide, 4, 1, 512, 3, 2)
 FORWARD_BLOCK_MOST(wide, kWide, 8, 512, 2, 1)
 #else

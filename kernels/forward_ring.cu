@@ -148,8 +148,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       if (at == end) at = begin;
     };
     // Giant rows pass once and leave L2 to weight and bias.
-    uint64_t once = 0;
-    if constexpr (kGiant) once = evict_first();
+    const uint64_t policy = kGiant ? evict_first() : evict_last();
     using B = Slots<kVec>;
     const uint32_t bias_begin = B::start(shared + warps * kSlots * C::kChunk, warp, kBiasSlots), bias_end = bias_begin + kBiasSlots * B::kChunk;
     const Param* const own_biases = bias + int64_t(vector) * kVec;
@@ -174,9 +173,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
         const bool held = valid(next_limit, k);
         const X* const from = next + k * kWarp * kVec;
         // Of sorted rows, one may have a vector less than the one whose slots it takes.
-        if (kShifted) C::fill_by_l1(at, from, held);
-        else if (held && kGiant) copy_async16(at, from, once);
-        else if (held) C::fill(at, from);
+        if (kShifted) C::fill_by_l1(at, from, held, policy);
+        else if (held) C::fill(at, from, policy);
       }
       copy_async_commit();
       if (k == kPer - 1) {
@@ -266,7 +264,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
           Acc f[kVec];
 #pragma unroll
           for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + own_bias[i];
-          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k), once);
+          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k), policy);
           else store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k));
           if constexpr (kBiasSlots) {
             fill_bias((k + kBiasSlots) % kPer, bias_at);

@@ -254,12 +254,14 @@ template <int kVec, int kTensors> struct Chunks {
   __device__ __forceinline__ static Vec<X, kVec> read(uint32_t at) { return load_shared<Vec<X, kVec>>(at); }
   // A slot that is never filled stays zero.
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
-  __device__ __forceinline__ static void fill(uint32_t at, const X* from) { copy_async<kBytes>(at, from); }
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, uint64_t policy) { copy_async<kBytes>(at, from, policy); }
   // The same of vectors that eight lanes may not have in four sectors: L1 has the fifth for the next eight.
-  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, bool valid) { copy_async_by_l1<kBytes>(at, from, valid); }
+  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, bool valid, uint64_t policy) {
+    copy_async_by_l1<kBytes>(at, from, valid, policy);
+  }
   // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
-  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid) {
-    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid);
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid, uint64_t policy) {
+    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid, policy);
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
 };
@@ -288,8 +290,8 @@ template <int kVec> struct Slots {
     for (int i = 0; i < kBytes / 16; i++) {
       const uint4* const part = reinterpret_cast<const uint4*>(from) + i;
       // Of vectors of more than 16 bytes, a copy takes half of each sector: L1 has the other half for the next.
-      if constexpr (kBytes > 16) copy_async16_by_l1(at + i * kPart, part, stays);
-      else copy_async16(at, part, stays);
+      if constexpr (kBytes > 16) copy_async_by_l1<16>(at + i * kPart, part, stays);
+      else copy_async<16>(at, part, stays);
     }
   }
 };

@@ -69,14 +69,6 @@ template <int kVec, int kPer> struct Slice {
   Vec<X, kVec> v[kPer];
 
   // Vector k of thread t of `threads` starts at column (k * threads + t) * kVec.
-  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols) {
-#pragma unroll
-    for (int k = 0; k < kPer; k++) {
-      const int c = (k * threads + t) * kVec;
-      v[k] = load_vec_if<X, kVec>(row + c, c < cols);
-    }
-  }
-  // The same, of x that is read again.
   __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy) {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
@@ -88,7 +80,7 @@ template <int kVec, int kPer> struct Slice {
   __device__ __forceinline__ void add(const ForwardAdd& added, int64_t at, int t, int threads, int cols) {
 #ifdef LN_ADD
     Slice residual;
-    residual.load(added.residual + at, t, threads, cols);
+    residual.load(added.residual + at, t, threads, cols, evict_last());
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
@@ -97,16 +89,14 @@ template <int kVec, int kPer> struct Slice {
     }
 #endif
   }
-  // Of the first kFirst vectors of each thread, and how many columns these are.
-  template <int kFirst> __device__ __forceinline__ Acc sum() const {
+  // Of each thread's first vector, and how many columns these are.
+  __device__ __forceinline__ Acc sum_of_first() const {
     Acc s = 0;
 #pragma unroll
-    for (int k = 0; k < kFirst; k++)
-#pragma unroll
-      for (int i = 0; i < kVec; i++) s += v[k][i];
+    for (int i = 0; i < kVec; i++) s += v[0][i];
     return s;
   }
-  template <int kFirst> __device__ __forceinline__ int summed(int threads, int cols) const { return min(cols, kFirst * threads * kVec); }
+  __device__ __forceinline__ int columns_of_first(int threads, int cols) const { return min(cols, threads * kVec); }
   // The sums of (x - center) and (x - center)^2.
   __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
     Pair s = {0, 0};
@@ -137,17 +127,15 @@ template <int kVec, int kPer> struct ShiftedSlice {
 
   // Where a thread's element stands before it moves past the vectors.
   __device__ __forceinline__ int skip(int t) const { return t < head ? 0 : body; }
-  template <typename... Policy> __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, Policy... policy) {
+  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy) {
     head = min((kVec - int(skew_of(row) / sizeof(X))) % kVec, cols);
     body = max(cols - head - (kVec - 1), 0) / kVec * kVec;
-    inner.load(row + head, t, threads, body, policy...);
-    outer.load(row + skip(t), t, threads, cols - body);
+    inner.load(row + head, t, threads, body, policy);
+    outer.load(row + skip(t), t, threads, cols - body, policy);
   }
   __device__ __forceinline__ void add(const ForwardAdd&, int64_t, int, int, int) {}
-  template <int kFirst> __device__ __forceinline__ Acc sum() const { return inner.template sum<kFirst>() + outer.template sum<1>(); }
-  template <int kFirst> __device__ __forceinline__ int summed(int threads, int cols) const {
-    return inner.template summed<kFirst>(threads, body) + cols - body;
-  }
+  __device__ __forceinline__ Acc sum_of_first() const { return inner.sum_of_first() + outer.sum_of_first(); }
+  __device__ __forceinline__ int columns_of_first(int threads, int cols) const { return inner.columns_of_first(threads, body) + cols - body; }
   __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
     return inner.sums(center, t, threads, body) + outer.sums(center, t, threads, cols - body);
   }

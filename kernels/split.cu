@@ -249,8 +249,8 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
 #pragma unroll
       for (int r = 0; r < kBatch; r++) {
         const int64_t at = int64_t(first + r) * cols + v * kVec;
-        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows);
-        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows);
+        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows, evict_last());
+        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows, evict_last());
       }
 #pragma unroll
       for (int r = 0; r < kBatch; r++)

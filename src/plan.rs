@@ -144,8 +144,10 @@ struct Kernel {
     team_warps: usize,
     /// Blocks that the registers of a multiprocessor hold.
     resident: usize,
-    /// For calls whose blocks are all resident at once. A block of it that owns a row has all of its warps.
+    /// For calls whose blocks are all resident at once.
     small: bool,
+    /// A block that owns a row has all of its warps.
+    exact: bool,
     /// Bytes of an element of weight and bias for which it exists.
     param_sizes: &'static [usize],
     /// Blocks of a cluster for which it is meant, at most.
@@ -170,6 +172,7 @@ const KERNEL: Kernel = Kernel {
     team_warps: 0,
     resident: 1,
     small: false,
+    exact: false,
     param_sizes: &[2, 4, 8],
     most_blocks: usize::MAX,
 };
@@ -230,6 +233,15 @@ const fn small(kernel: Kernel, resident: usize) -> Kernel {
     Kernel {
         resident,
         small: true,
+        exact: true,
+        ..kernel
+    }
+}
+
+/// `kernel` of rows that take all of its warps, no fewer.
+const fn exact(kernel: Kernel) -> Kernel {
+    Kernel {
+        exact: true,
         ..kernel
     }
 }
@@ -353,14 +365,14 @@ const FORWARD: &[Kernel] = &[
     forward_warp("forward_warp_wide_32x3x1", Access::Wide, &[2], 32, 3, 1),
     forward_warp("forward_warp_wide_32x4x1", Access::Wide, &[2, 4, 8], 32, 4, 1),
     forward_block("forward_block_wide_3x1", Access::Wide, &[2], 3, 1, [2, 2]),
-    // 2048, 4096, 5120, 8192 columns of bf16: 37.0, 69.0, 46.1, 70.8 us, x loaded twice 37.8, 69.8, 46.8, 69.8; at 12288 and 16384 37.2 and 80.2
-    // for 31.3 and 71.9.
-    forward_block("forward_block_wide_4x1", Access::Wide, &[2], 4, 1, [8, 8]),
+    // x loaded once and, in brackets, twice, us: bf16 at 2048, 4096, 8192 columns 36.7, 66.8, 67.9 (36.7, 67.6, 70.0); f32 at 1024, 2048, 4096
+    // columns 68.3, 67.9, 128.9 (68.5, 68.5, 132.5), at 8192 133.9 (131.0). bf16 at 12288 and 16384 columns before L2 was told to keep x: 37.2,
+    // 80.2 (31.3, 71.9).
+    exact(forward_block("forward_block_wide_64x4x1", Access::Wide, &[2], 4, 1, [2, 2])),
+    exact(forward_block("forward_block_wide_128x4x1", Access::Wide, &[2], 4, 1, [4, 4])),
+    exact(forward_block("forward_block_wide_256x4x1", Access::Wide, &[2], 4, 1, [8, 8])),
+    forward_block("forward_block_wide_4x1", Access::Wide, &[2, 4], 4, 1, [8, 8]),
     forward_block("forward_block_twice_4x1", Access::Wide, &[2], 4, 1, [32, 16]),
-    // f32 at 768, 1024, 2048, 4096 columns: x in registers 52.2, 67.9, 67.7, 134.0 us, loaded three times 52.4, 69.4, 69.2, 131.5.
-    forward_block("forward_block_wide_4x1", Access::Wide, &[4], 4, 1, [4, 4]),
-    forward_block("forward_block_thrice_4x1", Access::Wide, &[4], 4, 1, [8, 8]),
-    // 8192 columns of f32: 98.5%, x loaded three times 96.5%.
     forward_block("forward_block_twice_4x1", Access::Wide, &[4], 4, 1, [16, 16]),
     // Beyond 16 warps a block's rows wait for each other; without clusters there is no other way.
     forward_block("forward_block_wide_4x1", Access::Wide, &[8], 4, 1, [32, 16]),
@@ -378,8 +390,8 @@ const FORWARD: &[Kernel] = &[
     // 4001 columns: bf16 85%, f32 99%. 8191 columns of bf16: 88%, x loaded twice 84%.
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[2, 4], 4, 1, [8, 8]),
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[8], 4, 1, [32, 16]),
-    // 12289 columns of bf16: 80%, with x in registers 74%.
-    forward_block("forward_block_shiftedtwice_4x1", Access::Shifted, &[2], 4, 1, [32, 16]),
+    // 2048 x 12289 in bf16: 35.4 us, in 4 vectors a thread of 512 41.8.
+    forward_block("forward_block_shiftedtwice_6x1", Access::Shifted, &[2], 6, 1, [32, 16]),
     // 12289 columns of f32: 92%, with 8 vectors a thread 85%.
     forward_block("forward_block_shifted_6x1", Access::Shifted, &[4], 6, 1, [16, 16]),
     forward_block("forward_block_shifted_8x1", Access::Shifted, &[4], 8, 1, [32, 16]),
@@ -737,16 +749,19 @@ impl<'a> Planner<'a> {
 
     /// Warps that hold a row's part of one of `blocks` blocks, whose parts are whole chunks of 32 vectors.
     fn warps_for(&self, kernel: &Kernel, blocks: usize) -> usize {
-        let least = if kernel.small {
+        let least = if kernel.exact {
             self.most_warps(kernel)
         } else {
             1
         };
+        self.warps_of_row(kernel, blocks).max(least)
+    }
+
+    fn warps_of_row(&self, kernel: &Kernel, blocks: usize) -> usize {
         self.vectors(kernel)
             .div_ceil(blocks)
             .div_ceil(WARP)
             .div_ceil(kernel.per_thread)
-            .max(least)
     }
 
     /// Blocks of a forward launch whose lanes, or blocks, take rows once.
@@ -811,7 +826,10 @@ impl<'a> Planner<'a> {
             Regime::Warp => None,
             Regime::Block => {
                 let warps = self.warps_for(kernel, 1);
-                let fits = warps <= most && self.owners(kernel, warps, 1, 1).is_some();
+                let idle = warps - self.warps_of_row(kernel, 1);
+                let fits = warps <= most
+                    && (kernel.small || idle == 0)
+                    && self.owners(kernel, warps, 1, 1).is_some();
                 if fits { choice(warps, 1) } else { None }
             }
             Regime::Cluster => [2, 4, 8, 16]
@@ -1542,6 +1560,9 @@ mod tests {
                         "FORWARD_BLOCK_SMALL({together}, {per_thread}, {resident})"
                     )]
                 }
+                ("forward", Regime::Block) if kernel.exact => {
+                    vec![format!("FORWARD_BLOCK_EXACT({together}, {per_thread}, ")]
+                }
                 (
                     "forward" | "forward_single" | "forward_shifted" | "forward_add",
                     Regime::Warp,
@@ -1905,7 +1926,7 @@ mod tests {
                 DType::F32,
                 4,
                 ("forward_block_small_256x4x1", 256),
-                "forward_block_thrice_4x1",
+                "forward_block_wide_4x1",
             ),
             (
                 256,
@@ -1940,14 +1961,14 @@ mod tests {
                 DType::BF16,
                 4,
                 ("forward_block_small_128x4x1", 128),
-                "forward_block_wide_4x1",
+                "forward_block_wide_128x4x1",
             ),
             (
                 8192,
                 DType::F16,
                 2,
                 ("forward_block_small_256x4x1", 256),
-                "forward_block_wide_4x1",
+                "forward_block_wide_256x4x1",
             ),
         ] {
             let most = 132 * each;
@@ -2106,7 +2127,7 @@ mod tests {
                 "forward_block_wide_4x1",
                 4,
                 1,
-                "`forward_block_wide_4x1`: expected columns to 2048, got 8192",
+                "`forward_block_wide_4x1`: expected columns to 4096, got 8192",
             ),
             (
                 "forward_warp_wide_32x4x1",

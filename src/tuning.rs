@@ -442,7 +442,7 @@ mod tests {
         }
     }
 
-    /// Of 4096 columns of f32, for which the built-in plan is forward_block_thrice_4x1 of 8 warps.
+    /// Of 4096 columns of f32, for which the built-in plan is forward_block_wide_4x1 of 8 warps.
     fn entry(rows: usize, kernel: &str, warps: usize, blocks: usize) -> Entry {
         Entry {
             dir: Direction::Forward,
@@ -539,7 +539,7 @@ mod tests {
         assert_eq!(of(1448), x8);
         assert_eq!(of(1449).0, cluster);
         assert_eq!(of(4096).0, cluster);
-        assert_eq!(of(4097), ("forward_block_thrice_4x1", 256));
+        assert_eq!(of(4097), ("forward_block_wide_4x1", 256));
     }
 
     #[test]
