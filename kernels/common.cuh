@@ -220,8 +220,8 @@ __device__ __forceinline__ void prefetch_if(const void* p, bool valid) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"(uint32_t(valid)));
 }
 
-// How long L2 keeps what is loaded, copied or stored. x and dy, though read once, are to be evicted last: what is written leaves for memory
-// sooner then, and tensors that L2 does not hold pass 1 to 5% faster (README.md, log: what the next kernel finds, too).
+// How long L2 keeps what is loaded, copied or stored. x and dy, though read once, are to be evicted last: tensors that L2 does not hold pass
+// to 5% faster so (README.md, "What L2 keeps").
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
