@@ -208,6 +208,16 @@ pub fn gpu(device: &candle_core::Device) -> Result<(String, usize)> {
     crate::cuda::name_and_multiprocessors(device.as_cuda_device()?)
 }
 
+/// The kernels that the build has for a CUDA device and these dtypes of xs and of weight, `file/entry`, and whether a call of the process
+/// has loaded each.
+#[cfg(feature = "cuda")]
+pub fn kernels(
+    device: &candle_core::Device,
+    dtypes: (candle_core::DType, candle_core::DType),
+) -> Result<Vec<(String, bool)>> {
+    crate::cuda::kernels(device.as_cuda_device()?, dtypes)
+}
+
 thread_local! {
     /// Forward, backward.
     static FORCED: Cell<[Option<Choice>; 2]> = const { Cell::new([None; 2]) };

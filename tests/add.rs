@@ -10,6 +10,8 @@ use common::case::{Case, Dtypes, Kind, loss};
 use common::compare::{Values, assert_close, assert_same_bits, tolerance};
 use common::data::{normals, rng, round, rounded, tensor, values};
 use common::devices::devices;
+#[cfg(feature = "cuda")]
+use common::devices::{assert_loaded, cuda_devices};
 use common::grid::grid;
 
 const KINDS: [Kind; 2] = [Kind::LayerNorm, Kind::RmsNorm];
@@ -278,6 +280,46 @@ fn grid_equals_f64(dtypes: Dtypes) -> Result<()> {
 }
 
 grid_tests!(grid_equals_f64);
+
+/// As tests/kernels.rs, of the kernels that add a residual.
+#[cfg(feature = "cuda")]
+fn every_kernel_equals_f64(dtypes: Dtypes) -> Result<()> {
+    for device in cuda_devices() {
+        for shape in [
+            [40, 32],
+            [40, 64],
+            [40, 128],
+            [40, 256],
+            [24, 512],
+            [24, 768],
+            [24, 1024],
+            [17, 4096],
+            [9, 8192],
+            [9, 16384],
+            // As an add and a norm.
+            [24, 769],
+        ] {
+            for dropout in [None, Some(DROPOUT)] {
+                let case = AddCase::random(Kind::LayerNorm, dtypes, &shape, 1, dropout);
+                let outputs = case.run(device, Tracked::ALL, Used::Both)?;
+                case.check(device, Tracked::ALL, Used::Both, &outputs)?;
+            }
+        }
+        assert_loaded(device, dtypes, |kernel| kernel.contains("add"))?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+grid_tests! {
+    every_kernel_equals_f64:
+    every_kernel_equals_f64_for_f32 => F32,
+    every_kernel_equals_f64_for_f64 => F64,
+    every_kernel_equals_f64_for_f16 => F16,
+    every_kernel_equals_f64_for_bf16 => BF16,
+    every_kernel_equals_f64_for_f16_with_f32_weight_and_bias => F16_F32,
+    every_kernel_equals_f64_for_bf16_with_f32_weight_and_bias => BF16_F32,
+}
 
 #[test]
 fn each_output_alone_and_every_tracked_subset() -> Result<()> {

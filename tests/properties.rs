@@ -279,30 +279,21 @@ impl Spec {
             DType::F64 => f64::INFINITY,
             _ => f64::from(f32::MAX),
         };
-        let oracle = case.oracle().overflowing(largest_square);
-        let name = format!("{self:?} on {:?}", device.location());
-        assert_eq!((y.dims(), y.dtype()), (xs.dims(), xs.dtype()), "{name}: y");
-        assert_close(&name, "y", &y, &oracle.y());
         let repeats = match self.follower {
             Follower::SumOverFirstDim => self.shape[0],
             _ => 1,
         };
-        let dweight = || oracle.dweight().over_repeats(repeats);
-        let dbias = || oracle.dbias().over_repeats(repeats);
+        let oracle = case
+            .oracle()
+            .overflowing(largest_square)
+            .over_repeats(repeats);
+        let name = format!("{self:?} on {:?}", device.location());
+        assert_eq!((y.dims(), y.dtype()), (xs.dims(), xs.dtype()), "{name}: y");
+        assert_close(&name, "y", &y, &oracle.y());
         // The same data, dense: few calls here are large enough for those kernels.
-        if let Some(larger) = case.gradients_as_of_larger(device)? {
+        if let Some(outputs) = case.gradients_as_of_larger(device)? {
             let name = format!("{name}, by the kernels of larger calls");
-            assert_close(&name, "y", &larger.y, &oracle.y());
-            for (output, got, wanted, want) in [
-                ("dx", larger.dx, true, oracle.dx()),
-                ("dweight", larger.dweight, case.kind.has_weight(), dweight()),
-                ("dbias", larger.dbias, case.kind.has_bias(), dbias()),
-            ] {
-                assert_eq!(got.is_some(), wanted, "{name}: {output}");
-                if let Some(got) = got {
-                    assert_close(&name, output, &got, &want);
-                }
-            }
+            case.check_against(&name, &oracle, Tracked::ALL, &outputs);
         }
         let tracked = [&xs_var, &weight_var, &bias_var]
             .iter()
@@ -334,8 +325,14 @@ impl Spec {
                 },
                 case.shape.as_slice(),
             ),
-            ("dweight", &weight_var, weight_view, dweight(), normalized),
-            ("dbias", &bias_var, bias_view, dbias(), normalized),
+            (
+                "dweight",
+                &weight_var,
+                weight_view,
+                oracle.dweight(),
+                normalized,
+            ),
+            ("dbias", &bias_var, bias_view, oracle.dbias(), normalized),
         ] {
             let Some(var) = var else { continue };
             let gradient = grads

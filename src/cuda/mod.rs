@@ -14,7 +14,7 @@ use crate::plan::{self, Access, DeviceFacts, Regime};
 use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use half::{bf16, f16};
 use launch::{Arguments, Input};
@@ -267,6 +267,12 @@ fn access_of<T: Element, P: Element>(
 pub(crate) fn name_and_multiprocessors(device: &CudaDevice) -> Result<(String, usize)> {
     let gpu = gpu("tuning", device)?;
     Ok((gpu.name.clone(), gpu.facts.multiprocessors))
+}
+
+/// As [`ptx::kernels`].
+pub(crate) fn kernels(device: &CudaDevice, dtypes: (DType, DType)) -> Result<Vec<(String, bool)>> {
+    let base = gpu("kernels", device)?.facts.base;
+    Ok(ptx::kernels(device, base, dtypes))
 }
 
 /// A residual, and where its sum with x goes.

@@ -83,6 +83,29 @@ fn base_of(
 /// The device, the dtypes of x and of weight, and a launch's file and entry.
 type Key = (DeviceId, (DType, DType), &'static str, &'static str);
 
+// candle itself looks a module up by name, and a function in it by asking the driver. Of threads that miss a module it lets each load
+// it, and unloads the one before.
+static LOADED: LazyLock<RwLock<HashMap<Key, Function>>> = LazyLock::new(Default::default);
+
+/// The kernels that this build has for the device and these dtypes, `file/entry`, and whether a call has loaded each.
+pub(super) fn kernels(
+    device: &CudaDevice,
+    base: u32,
+    dtypes: (DType, DType),
+) -> Vec<(String, bool)> {
+    let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);
+    let of_file = |file: &'static File| file.kernels.iter().map(move |k| (file.name, k.entry));
+    FILES
+        .iter()
+        .filter(|file| file.base == base && (file.x, file.param) == dtypes)
+        .flat_map(of_file)
+        .map(|(file, entry)| {
+            let is_loaded = loaded.contains_key(&(device.id(), dtypes, file, entry));
+            (format!("{file}/{entry}"), is_loaded)
+        })
+        .collect()
+}
+
 /// A launch's kernel, loaded when the device first needs it. candle keeps the module as long as the device, whose id no other ever has.
 pub(super) fn function(
     op: &str,
@@ -91,9 +114,6 @@ pub(super) fn function(
     dtypes: (DType, DType),
     launch: &Launch,
 ) -> Result<Function> {
-    // candle itself looks a module up by name, and a function in it by asking the driver. Of threads that miss a module it lets each load
-    // it, and unloads the one before.
-    static LOADED: LazyLock<RwLock<HashMap<Key, Function>>> = LazyLock::new(Default::default);
     let key = (device.id(), dtypes, launch.file, launch.entry);
     // No panic leaves an entry half written.
     let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);

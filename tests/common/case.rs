@@ -4,6 +4,7 @@ use super::compare::{Values, assert_close};
 use super::data::{normal, normals, rng, rounded, tensor};
 use super::oracle::{Arguments, Oracle};
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_fused_layer_norm::bench::{self, Choice};
 use candle_fused_layer_norm::{NormConfig, ops};
 use rand::rngs::StdRng;
 use std::fmt;
@@ -315,48 +316,46 @@ impl Case {
         self.as_of_larger(device, true, || self.gradients(device))
     }
 
-    #[cfg(feature = "cuda")]
     fn as_of_larger<T>(
         &self,
         device: &Device,
         goes_back: bool,
         f: impl FnOnce() -> Result<T>,
     ) -> Result<Option<T>> {
-        use candle_fused_layer_norm::bench::{self, Candidates, Choice};
         if !device.is_cuda() || self.x.is_empty() {
             return Ok(None);
         }
-        let xs = self.xs(device)?;
-        let weight = Tensor::ones(self.normalized_shape(), self.dtypes.params, device)?;
-        let larger = |candidates: Candidates| {
+        let larger = |choices: Vec<Choice>| {
             let small = |choice: &Choice| {
                 choice.entry.contains("_small_") || choice.entry.starts_with("backward_strips")
             };
-            let choices = candidates.choices;
             small(&choices[0]).then(|| {
                 let larger = choices.iter().copied().find(|choice| !small(choice));
                 larger.unwrap_or_else(|| panic!("{self}: {choices:?}"))
             })
         };
-        let forward = larger(bench::forward_candidates(&xs, &weight, &weight)?);
-        let backward = match goes_back {
-            true => larger(bench::backward_candidates(&xs, &weight, &xs)?),
-            false => None,
-        };
+        let [forward, backward] = self.choices(device)?.map(larger);
+        let backward = backward.filter(|_| goes_back);
         if forward.is_none() && backward.is_none() {
             return Ok(None);
         }
         bench::forced(forward, backward, f).map(Some)
     }
 
+    /// What the forward and the backward pass may choose from on a CUDA device, the built-in plan's choice first.
+    #[cfg(feature = "cuda")]
+    pub fn choices(&self, device: &Device) -> Result<[Vec<Choice>; 2]> {
+        let xs = self.xs(device)?;
+        let weight = Tensor::ones(self.normalized_shape(), self.dtypes.params, device)?;
+        Ok([
+            bench::forward_candidates(&xs, &weight, &weight)?.choices,
+            bench::backward_candidates(&xs, &weight, &xs)?.choices,
+        ])
+    }
+
     #[cfg(not(feature = "cuda"))]
-    fn as_of_larger<T>(
-        &self,
-        _: &Device,
-        _: bool,
-        _: impl FnOnce() -> Result<T>,
-    ) -> Result<Option<T>> {
-        Ok(None)
+    pub fn choices(&self, _: &Device) -> Result<[Vec<Choice>; 2]> {
+        candle_core::bail!("built without feature cuda")
     }
 
     /// The result and the gradients of `f`, a function of (xs, weight, bias).
@@ -418,8 +417,19 @@ impl Case {
     /// Holds a result and the gradients of `tracked` against the oracle.
     #[track_caller]
     pub fn check(&self, device: &Device, tracked: Tracked, outputs: &Outputs) {
-        let oracle = self.oracle();
         let case = format!("{self} on {:?}", device.location());
+        self.check_against(&case, &self.oracle(), tracked, outputs);
+    }
+
+    /// The same by another name of the call, against an oracle of this case.
+    #[track_caller]
+    pub fn check_against(
+        &self,
+        case: &impl fmt::Display,
+        oracle: &Oracle<'_>,
+        tracked: Tracked,
+        outputs: &Outputs,
+    ) {
         let check = |output: &str,
                      got: &Option<Tensor>,
                      wanted: bool,
@@ -436,7 +446,7 @@ impl Case {
                         (shape, dtype),
                         "{case}: {output}: shape and dtype"
                     );
-                    assert_close(&case, output, got, &want());
+                    assert_close(case, output, got, &want());
                 }
             }
         };

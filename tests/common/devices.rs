@@ -1,5 +1,7 @@
 //! The devices that tests run on.
 
+#[cfg(feature = "cuda")]
+use super::case::Dtypes;
 use candle_core::Device;
 use std::io::Write;
 use std::sync::OnceLock;
@@ -29,6 +31,27 @@ pub fn devices() -> &'static [Device] {
 /// The CUDA device, if there is one.
 pub fn cuda_devices() -> impl Iterator<Item = &'static Device> {
     devices().iter().filter(|device| device.is_cuda())
+}
+
+/// Holds that calls of this process have loaded every kernel of the build for these dtypes whose `file/entry` is `held`.
+#[cfg(feature = "cuda")]
+#[track_caller]
+pub fn assert_loaded(
+    device: &Device,
+    dtypes: Dtypes,
+    held: impl Fn(&str) -> bool,
+) -> candle_core::Result<()> {
+    let kernels = candle_fused_layer_norm::bench::kernels(device, (dtypes.xs, dtypes.params))?;
+    let (kernels, missed): (Vec<_>, Vec<_>) = kernels
+        .into_iter()
+        .filter(|(kernel, _)| held(kernel))
+        .partition(|&(_, loaded)| loaded);
+    assert!(
+        !kernels.is_empty() && missed.is_empty(),
+        "{dtypes:?}: loaded {}, but no call reached {missed:?}",
+        kernels.len()
+    );
+    Ok(())
 }
 
 fn cuda() -> Result<Device, String> {

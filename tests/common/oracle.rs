@@ -48,6 +48,8 @@ pub struct RowStatistics {
 pub struct Oracle<'a> {
     arguments: Arguments<'a>,
     statistics: Vec<RowStatistics>,
+    /// How often the terms of sums over rows repeat.
+    repeats: usize,
 }
 
 /// A sum with the error of each addition carried along, so that the oracle's own error stays below that of f64 ops.
@@ -111,6 +113,7 @@ impl<'a> Oracle<'a> {
         Self {
             arguments,
             statistics,
+            repeats: 0,
         }
     }
 
@@ -190,7 +193,7 @@ impl<'a> Oracle<'a> {
         for (sum, square) in sums.into_iter().zip(squares) {
             values.push(sum.value(), sum.value().hypot(square.sqrt()));
         }
-        values
+        values.over_repeats(self.repeats)
     }
 
     fn xhat(&self, row: usize, col: usize) -> f64 {
@@ -207,6 +210,12 @@ impl<'a> Oracle<'a> {
                 statistics.rstd = 0.;
             }
         }
+        self
+    }
+
+    /// Sums over rows are over terms that repeat so many times.
+    pub fn over_repeats(mut self, times: usize) -> Self {
+        self.repeats = times;
         self
     }
 

@@ -1,0 +1,148 @@
+//! Promise: every kernel of the build equals f64, whichever of them a plan picks.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use anyhow::Result;
+use candle_core::Device;
+use candle_fused_layer_norm::bench::{self, Choice};
+use common::case::{Case, Dtypes, Kind, Tracked};
+use common::compare::assert_close;
+use common::devices::{assert_loaded, cuda_devices};
+use std::collections::BTreeMap;
+
+// Small, so that compute-sanitizer goes over them in minutes; each kernel holds the rows of some.
+const ALIGNED: [[usize; 2]; 8] = [
+    [40, 32],
+    [70, 64],
+    [40, 200],
+    [24, 768],
+    [24, 1536],
+    [17, 4096],
+    [9, 8192],
+    [9, 20480],
+];
+const UNALIGNED: [[usize; 2]; 8] = [
+    [40, 31],
+    [70, 65],
+    [40, 203],
+    [24, 769],
+    [24, 1537],
+    [17, 4001],
+    [9, 8191],
+    [9, 20001],
+];
+
+/// More than every device with clusters takes. synccheck fails at it, the other tools do not (kernels/README.md): tests of their own.
+fn is_large_cluster(choice: &Choice) -> bool {
+    choice.entry.contains("cluster") && choice.blocks > 8
+}
+
+/// Of each kernel, the choices of the fewest and of the most blocks.
+fn extremes(choices: impl Iterator<Item = Choice>) -> impl Iterator<Item = Choice> {
+    let mut of_kernels: BTreeMap<_, (Choice, Choice)> = BTreeMap::new();
+    for choice in choices {
+        let (fewest, most) = of_kernels.entry(choice.entry).or_insert((choice, choice));
+        if choice.blocks < fewest.blocks {
+            *fewest = choice;
+        }
+        if choice.blocks > most.blocks {
+            *most = choice;
+        }
+    }
+    let both = |(fewest, most)| [Some(fewest), (most != fewest).then_some(most)];
+    of_kernels.into_values().flat_map(both).flatten()
+}
+
+/// Holds a case against f64 by all kernels that take it, each in its extremes among the choices that are `held`.
+fn check_kernels(case: &Case, device: &Device, held: impl Fn(&Choice) -> bool) -> Result<()> {
+    let oracle = case.oracle();
+    let y = oracle.y();
+    let [forward, backward] = case.choices(device)?;
+    for choice in extremes(forward.into_iter().filter(&held)) {
+        let name = format!("{case} by {choice:?}");
+        let got = bench::forced(Some(choice), None, || case.forward(device))?;
+        assert_close(&name, "y", &got, &y);
+    }
+    for choice in extremes(backward.into_iter().filter(&held)) {
+        let name = format!("{case} by {choice:?}");
+        let got = bench::forced(None, Some(choice), || case.gradients(device))?;
+        case.check_against(&name, &oracle, Tracked::ALL, &got);
+    }
+    Ok(())
+}
+
+fn check_shapes(
+    shapes: &[[usize; 2]],
+    dtypes: Dtypes,
+    device: &Device,
+    held: impl Fn(&Choice) -> bool,
+) -> Result<()> {
+    for shape in shapes {
+        let case = Case::random(Kind::LayerNorm, dtypes, shape, 1);
+        check_kernels(&case, device, &held)?;
+    }
+    Ok(())
+}
+
+/// Those that add a residual are tests/add.rs'.
+fn is_of_unaligned(kernel: &str) -> Option<bool> {
+    (!kernel.contains("add")).then(|| kernel.contains("_shifted/") || kernel.contains("_single/"))
+}
+
+fn aligned_rows(dtypes: Dtypes) -> Result<()> {
+    for device in cuda_devices() {
+        check_shapes(&ALIGNED, dtypes, device, |choice| !is_large_cluster(choice))?;
+        assert_loaded(device, dtypes, |name| is_of_unaligned(name) == Some(false))?;
+    }
+    Ok(())
+}
+
+fn unaligned_rows(dtypes: Dtypes) -> Result<()> {
+    for device in cuda_devices() {
+        check_shapes(&UNALIGNED, dtypes, device, |choice| {
+            !is_large_cluster(choice)
+        })?;
+        assert_loaded(device, dtypes, |name| is_of_unaligned(name) == Some(true))?;
+    }
+    Ok(())
+}
+
+fn large_clusters(dtypes: Dtypes) -> Result<()> {
+    for device in cuda_devices() {
+        for shapes in [&ALIGNED, &UNALIGNED] {
+            check_shapes(shapes, dtypes, device, is_large_cluster)?;
+        }
+    }
+    Ok(())
+}
+
+grid_tests! {
+    aligned_rows:
+    aligned_rows_of_f32 => F32,
+    aligned_rows_of_f64 => F64,
+    aligned_rows_of_f16 => F16,
+    aligned_rows_of_bf16 => BF16,
+    aligned_rows_of_f16_with_f32_weight_and_bias => F16_F32,
+    aligned_rows_of_bf16_with_f32_weight_and_bias => BF16_F32,
+}
+
+grid_tests! {
+    unaligned_rows:
+    unaligned_rows_of_f32 => F32,
+    unaligned_rows_of_f64 => F64,
+    unaligned_rows_of_f16 => F16,
+    unaligned_rows_of_bf16 => BF16,
+    unaligned_rows_of_f16_with_f32_weight_and_bias => F16_F32,
+    unaligned_rows_of_bf16_with_f32_weight_and_bias => BF16_F32,
+}
+
+grid_tests! {
+    large_clusters:
+    large_clusters_of_f32 => F32,
+    large_clusters_of_f64 => F64,
+    large_clusters_of_f16 => F16,
+    large_clusters_of_bf16 => BF16,
+    large_clusters_of_f16_with_f32_weight_and_bias => F16_F32,
+    large_clusters_of_bf16_with_f32_weight_and_bias => BF16_F32,
+}
