@@ -56,6 +56,8 @@ template <int kVec, int kPer> struct RowColumns {
 // kRing: rows in the ring.
 template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ __forceinline__ void backward_warp(BACKWARD_TAKES) {
   extern __shared__ __align__(16) unsigned char shared[];
+  // Of code that runs once, and comes from memory too: 16384 x 769 in bf16 31.6 us with one, 34.3 with more; in f32 47.6 and 46.8.
+  constexpr int kCopies = sizeof(X) == 2 ? 1 : 4;
   launch_next();
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
   const int t = lane % kLanes, per_warp = kWarp / kLanes;
@@ -104,6 +106,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
     next += step;
     copy_async_commit();
   };
+#pragma unroll(kCopies)
   for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 #pragma unroll
   for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, valid[k]), weight_offset);
@@ -159,21 +162,23 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   // Rows of one warp, then the warps in order, through shared memory that the ring no longer needs.
   copy_async_wait<0>();
   Acc* const part = reinterpret_cast<Acc*>(shared);
-#pragma unroll
+#pragma unroll(kCopies)
   for (int tensor = 0; tensor < 2; tensor++) {
     Acc* const out = tensor ? dbias_part : dweight_part;
-    if (!out) continue;
-    __syncthreads();
+    if (out) __syncthreads();
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
-      Acc(&sum)[kVec] = tensor ? own.dbias[k] : own.dweight[k];
+      Acc(&sum)[kVec] = own.dweight[k];
 #pragma unroll
-      for (int i = 0; i < kVec; i++)
+      for (int i = 0; i < kVec; i++) {
+        if (tensor) sum[i] = own.dbias[k][i];
 #pragma unroll
         for (int o = kWarp / 2; o; o /= 2)
           if (o >= kLanes) sum[i] += __shfl_xor_sync(kFull, sum[i], o);
-      store_columns(frame, part + warp * part_step(cols), k * kLanes + t, sum, lane < kLanes ? frame.vectors : 0);
+      }
+      if (out) store_columns(frame, part + warp * part_step(cols), k * kLanes + t, sum, lane < kLanes ? frame.vectors : 0);
     }
+    if (!out) continue;
     outer.store_sums(part + warp * part_step(cols), tensor);
     __syncthreads();
     add_owners(out + int64_t(blockIdx.x) * part_step(cols), part, warps, cols, threadIdx.x, blockDim.x);

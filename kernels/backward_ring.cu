@@ -90,6 +90,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       ahead = own_rows.next(ahead, own_warp);
       far = ahead;
       load_ahead(own_warp);
+#pragma unroll 1
       for (int i = 0; i < kFar; i++) prefetch(own_warp + i * kComm);
     }
     int it = 0;
@@ -183,6 +184,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       next = own_rows.next(next);
       copy_async_commit();
     };
+#pragma unroll 1
     for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 
     uint32_t sum_at = begin, dx_at = begin;
@@ -250,26 +252,17 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll
       for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame_end, k)));
       const int start = it, stop = kSorted ? own_rows.end_of_kind(it, sum_row) : own_rows.count;
+      const int end = stop < own_rows.count ? stop : stop + kLag;
+      // One loop for rows that are summed alone, summed while another's dx is written, and written alone: code comes from memory too.
 #pragma unroll 1
-      for (; it < min(start + kLag, stop); it++) {
-        add_row(it);
-        if (kSorted && it >= kLag) write_dx(it - kLag, true);
-      }
-#pragma unroll 1
-      for (; it < stop; it++) {
-        load_arriving();
-        add_row(it);
-        write_dx(it - kLag, false);
+      for (; it < end; it++) {
+        const bool writes = it >= kLag;
+        if (writes) load_arriving();
+        if (it < stop) add_row(it);
+        if (writes) write_dx(it - kLag, it - kLag < start);
       }
       if constexpr (kSorted) {
         if (it < own_rows.count) sum_row = own_rows.at(it);
-      }
-      if (it == own_rows.count) {
-#pragma unroll 1
-        for (int late = max(0, it - kLag); late < it; late++) {
-          load_arriving();
-          write_dx(late, late < start);
-        }
       }
 
       if (teams == 1) {

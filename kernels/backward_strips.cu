@@ -29,6 +29,7 @@ __device__ __forceinline__ void sum_strip(int strip, int t, int threads, Param* 
   const int lane = t % kStripLanes, group = t / kStripLanes, groups = threads / kStripLanes;
   const int c = strip * kStrip + lane * kVec;
   Acc w[kVec] = {}, b[kVec] = {};
+  const uint64_t policy = evict_last();
 #pragma unroll 1
   for (int row = group; row < rows; row += groups * kAhead) {
     Vec<X, kVec> xs[kAhead], dys[kAhead];
@@ -38,8 +39,8 @@ __device__ __forceinline__ void sum_strip(int strip, int t, int threads, Param* 
       const int r = row + j * groups;
       const bool valid = r < rows && c < cols;
       const int64_t at = int64_t(r) * cols + c;
-      xs[j] = load_vec_if<X, kVec>(x + at, valid, evict_last());
-      dys[j] = load_vec_if<X, kVec>(dy + at, valid, evict_last());
+      xs[j] = load_vec_if<X, kVec>(x + at, valid, policy);
+      dys[j] = load_vec_if<X, kVec>(dy + at, valid, policy);
       n[j].mean = mean && valid ? __ldg(mean + r) : Acc(0);
       n[j].rstd = valid ? __ldg(rstd + r) : Acc(0);
     }
@@ -77,13 +78,14 @@ __device__ __forceinline__ void write_row(int64_t row, bool owns, int t, int lan
                                           const Acc* rstd, int cols, int remove_mean, Acc weight_offset) {
   __shared__ Pair of_warp[kThreads / kWarp];
   const int64_t start = row * cols;
+  const uint64_t policy = evict_last();
   Vec<X, kVec> xs[kPer], dys[kPer];
   Vec<Param, kVec> w[kPer];
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * lanes + t) * kVec;
-    xs[k] = load_vec_if<X, kVec>(x + start + c, owns && c < cols, evict_last());
-    dys[k] = load_vec_if<X, kVec>(dy + start + c, owns && c < cols, evict_last());
+    xs[k] = load_vec_if<X, kVec>(x + start + c, owns && c < cols, policy);
+    dys[k] = load_vec_if<X, kVec>(dy + start + c, owns && c < cols, policy);
     w[k] = with_offset<kVec>(weight ? load_vec_if<Param, kVec>(weight + c, c < cols) : filled<Param, kVec>(1), weight_offset);
   }
   const Normalizer n = {mean && owns ? __ldg(mean + row) : Acc(0), owns ? __ldg(rstd + row) : Acc(0)};

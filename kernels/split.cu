@@ -239,6 +239,7 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
   x += p.row * cols;
   dy += p.row * cols;
   dx += p.row * cols;
+  const uint64_t policy = evict_last();
 #pragma unroll 1
   for (int v = last_of(p); v >= 0; v -= p.step) {
     Columns<kVec, 1> own;
@@ -249,8 +250,8 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
 #pragma unroll
       for (int r = 0; r < kBatch; r++) {
         const int64_t at = int64_t(first + r) * cols + v * kVec;
-        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows, evict_last());
-        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows, evict_last());
+        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows, policy);
+        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows, policy);
       }
 #pragma unroll
       for (int r = 0; r < kBatch; r++)
