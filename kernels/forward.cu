@@ -12,7 +12,7 @@
 //               forward_warp_small_LxPx1, forward_block_small_BxPx1: the same, of exactly B threads, for calls of one wave;
 //               forward_block_wide_BxPx1 for more.
 //               forward_block_{wide,twice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
-//               rows, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
+//               rows, of every R * kVec as above, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
 //               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
 //               weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
@@ -135,6 +135,16 @@ __device__ __forceinline__ Acc near_inverse(int n) {
   return inverse(n);
 }
 
+// As rsqrt_acc, to 1.1 ulp, in one instruction, three for subnormals, where the exact root is 20: of small calls, whose time is latency.
+template <bool kSmall> __device__ __forceinline__ Acc rsqrt_of_row(Acc v) {
+  if constexpr (kSmall && sizeof(Acc) == 4) {
+    float r;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(float(v)));
+    return r;
+  }
+  return rsqrt_acc(v);
+}
+
 template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
   static_assert(Part::kMostOuter <= kLanes, "an element outside vectors a lane");
   const int t = threadIdx.x % kLanes;
@@ -168,7 +178,7 @@ template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ 
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     const Pair rest = about_center(sums[r], inv_cols, remove_mean);
-    n[r] = {centers[r] + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
+    n[r] = {centers[r] + rest.a, rsqrt_of_row<kSmall>(rest.b * inv_cols + eps)};
     if (t == 0 && r < own_rows) {
       if (mean) mean[first + r * kApart] = n[r].mean;
       if (rstd) rstd[first + r * kApart] = n[r].rstd;
@@ -202,8 +212,9 @@ template <typename Part, int kRows, int kWarps, int kLoads, bool kExact = false,
 __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   __shared__ __align__(16) Acc warp_centers[kRows][kWarps];
   __shared__ __align__(16) Pair warp_parts[kRows][kWarps];
-  const int64_t first = int64_t(blockIdx.x) * kRows;
-  const int own_rows = kRows == 1 ? 1 : int(min(int64_t(kRows), rows - first));
+  constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
+  const int64_t first = int64_t(blockIdx.x / kApart) * kApart * kRows + blockIdx.x % kApart;
+  const int own_rows = kRows == 1 ? 1 : int(max(int64_t(0), min(int64_t(kRows), (rows - first + kApart - 1) / kApart)));
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = kExact ? kWarps * kWarp : int(blockDim.x);
   // More would take registers from what the block holds of the row.
   constexpr int kRead = kExact ? 8 : 4;
@@ -212,11 +223,11 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   Part slices[kRows];
   const auto load = [&](uint64_t policy) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0, policy);
+    for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, threadIdx.x, threads, r < own_rows ? cols : 0, policy);
   };
   load(evict_last());
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
+  for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
   Affine<kSmall ? Part::kVectors : 0> affine;
   affine.load(weight, bias, threadIdx.x, threads, cols);
   Acc centers[kRows];
@@ -248,10 +259,10 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     const Pair rest = about_center(sums[r], inv_cols, remove_mean);
-    n[r] = {centers[r] + rest.a, rsqrt_acc(rest.b * inv_cols + eps)};
+    n[r] = {centers[r] + rest.a, rsqrt_of_row<kSmall>(rest.b * inv_cols + eps)};
     if (threadIdx.x == 0 && r < own_rows) {
-      if (mean) mean[first + r] = n[r].mean;
-      if (rstd) rstd[first + r] = n[r].rstd;
+      if (mean) mean[first + r * kApart] = n[r].mean;
+      if (rstd) rstd[first + r * kApart] = n[r].rstd;
     }
   }
   if (kLoads > 1) load(evict_first());
@@ -308,13 +319,20 @@ FORWARD_BLOCK(single, 1, 16, 1, 512, 1, 1)
 #endif
 #elif defined(LN_SHIFTED)
 #if LN_X_BYTES == 2
-// f32 weights take registers.
-constexpr int kFew = sizeof(Param) > sizeof(X);
-FORWARD_WARP(shifted, kWide, 32, 2, 2, 8 - 2 * kFew)
-FORWARD_WARP(shifted, kWide, 32, 3, 2, 6 - kFew)
-FORWARD_WARP(shifted, kWide, 32, 4, 1, 7 - kFew)
-FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16 - 4 * kFew, 1)
-FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4 - kFew, 1)
+#if LN_PARAM_BYTES == 2
+FORWARD_WARP(shifted, kWide, 32, 2, 2, 8)
+FORWARD_WARP(shifted, kWide, 32, 3, 2, 6)
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 7)
+FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16, 1)
+FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
+#else
+// f32 weights take registers, and most of what L1 gives: loaded once for two rows.
+FORWARD_WARP(shifted, kWide, 32, 2, 2, 6)
+FORWARD_WARP(shifted, kWide, 32, 3, 2, 5)
+FORWARD_WARP(shifted, kWide, 32, 4, 2, 5)
+FORWARD_BLOCK(shifted, kWide, 3, 2, 64, 10, 1)
+FORWARD_BLOCK(shifted, kWide, 4, 2, 128, 5, 1)
+#endif
 FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 512, 2, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 8)
@@ -348,7 +366,11 @@ FORWARD_WARP(wide, kWide, 4, 4, 1, 6)
 FORWARD_WARP(wide, kWide, 16, 2, 2, 8)
 FORWARD_WARP(wide, kWide, 16, 4, 1, 8)
 FORWARD_WARP(wide, kWide, 32, 3, 1, 10)
+#if LN_PARAM_BYTES == 2
 FORWARD_WARP(wide, kWide, 32, 4, 1, 7)
+#else
+FORWARD_WARP(wide, kWide, 32, 4, 2, 5)
+#endif
 FORWARD_WARP_SMALL(16, 2, 7)
 FORWARD_WARP_SMALL(32, 2, 7)
 FORWARD_WARP_SMALL(32, 3, 5)
@@ -356,11 +378,16 @@ FORWARD_WARP_SMALL(32, 4, 4)
 FORWARD_BLOCK_SMALL(64, 4, 8)
 FORWARD_BLOCK_SMALL(128, 4, 4)
 FORWARD_BLOCK_SMALL(256, 4, 2)
-FORWARD_BLOCK(wide, kWide, 3, 1, 64, 14 - 2 * (sizeof(Param) > sizeof(X)), 1)
+#if LN_PARAM_BYTES == 2
+FORWARD_BLOCK(wide, kWide, 3, 1, 64, 14, 1)
 FORWARD_BLOCK_EXACT(64, 4, 14)
 FORWARD_BLOCK_EXACT(128, 4, 7)
 FORWARD_BLOCK_EXACT(256, 4, 4)
 FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
+#else
+FORWARD_BLOCK(wide, kWide, 3, 2, 64, 10, 1)
+FORWARD_BLOCK(wide, kWide, 4, 2, 128, 5, 1)
+#endif
 FORWARD_BLOCK_MOST(twice, kWide, 4, 512, 3, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)

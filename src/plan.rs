@@ -246,6 +246,22 @@ const fn exact(kernel: Kernel) -> Kernel {
     }
 }
 
+/// `kernel` of weights in half precision alone.
+const fn of_halves(kernel: Kernel) -> Kernel {
+    Kernel {
+        param_sizes: &[2],
+        ..kernel
+    }
+}
+
+/// `kernel` of f32 weights alone.
+const fn of_f32(kernel: Kernel) -> Kernel {
+    Kernel {
+        param_sizes: &[4],
+        ..kernel
+    }
+}
+
 /// A kernel of forward_ring.cu or backward_ring.cu: vectors of a row that a thread holds, slots, warps that communicate.
 const fn ring(
     file: &'static str,
@@ -363,15 +379,23 @@ const FORWARD: &[Kernel] = &[
     forward_warp("forward_warp_wide_16x4x1", Access::Wide, &[2], 16, 4, 1),
     // 768, 1024 columns of bf16: 92%, 94%. 1536: 94% in blocks of 3 vectors a thread, in a warp of 6 92%.
     forward_warp("forward_warp_wide_32x3x1", Access::Wide, &[2], 32, 3, 1),
-    forward_warp("forward_warp_wide_32x4x1", Access::Wide, &[2, 4, 8], 32, 4, 1),
-    forward_block("forward_block_wide_3x1", Access::Wide, &[2], 3, 1, [2, 2]),
+    of_halves(forward_warp("forward_warp_wide_32x4x1", Access::Wide, &[2], 32, 4, 1)),
+    forward_warp("forward_warp_wide_32x4x1", Access::Wide, &[4, 8], 32, 4, 1),
+    of_halves(forward_block("forward_block_wide_3x1", Access::Wide, &[2], 3, 1, [2, 2])),
     // x loaded once and, in brackets, twice, us: bf16 at 2048, 4096, 8192 columns 36.7, 66.8, 67.9 (36.7, 67.6, 70.0); f32 at 1024, 2048, 4096
     // columns 68.3, 67.9, 128.9 (68.5, 68.5, 132.5), at 8192 133.9 (131.0). bf16 at 12288 and 16384 columns before L2 was told to keep x: 37.2,
     // 80.2 (31.3, 71.9).
-    exact(forward_block("forward_block_wide_64x4x1", Access::Wide, &[2], 4, 1, [2, 2])),
-    exact(forward_block("forward_block_wide_128x4x1", Access::Wide, &[2], 4, 1, [4, 4])),
-    exact(forward_block("forward_block_wide_256x4x1", Access::Wide, &[2], 4, 1, [8, 8])),
-    forward_block("forward_block_wide_4x1", Access::Wide, &[2, 4], 4, 1, [8, 8]),
+    exact(of_halves(forward_block("forward_block_wide_64x4x1", Access::Wide, &[2], 4, 1, [2, 2]))),
+    exact(of_halves(forward_block("forward_block_wide_128x4x1", Access::Wide, &[2], 4, 1, [4, 4]))),
+    exact(of_halves(forward_block("forward_block_wide_256x4x1", Access::Wide, &[2], 4, 1, [8, 8]))),
+    of_halves(forward_block("forward_block_wide_4x1", Access::Wide, &[2], 4, 1, [8, 8])),
+    forward_block("forward_block_wide_4x1", Access::Wide, &[4], 4, 1, [8, 8]),
+    // f32 weights beside bf16, of 2 rows at a time and, in brackets, of one, us: 32768 x 1024 40.4 (42.4), 16384 x 1536 32.5 (35.5), x 2048 40.7
+    // (41.3), x 4096 72 (75). Clusters and, in brackets, blocks that load x twice: 8192 x 6144 60 (62), x 8192 77.5 (79.4), 4096 x 16384 75.8 (84).
+    of_f32(forward_warp("forward_warp_wide_32x4x2", Access::Wide, &[2], 32, 4, 2)),
+    of_f32(forward_block("forward_block_wide_3x2", Access::Wide, &[2], 3, 2, [2, 2])),
+    of_f32(forward_block("forward_block_wide_4x2", Access::Wide, &[2], 4, 2, [4, 4])),
+    of_f32(ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16])),
     forward_block("forward_block_twice_4x1", Access::Wide, &[2], 4, 1, [32, 16]),
     forward_block("forward_block_twice_4x1", Access::Wide, &[4], 4, 1, [16, 16]),
     // Beyond 16 warps a block's rows wait for each other; without clusters there is no other way.
@@ -382,13 +406,19 @@ const FORWARD: &[Kernel] = &[
     // Shares at columns that no vector divides. bf16: 513 78%, a row at a time 72%; 769 84%, 81% a row at a time.
     forward_warp("forward_warp_shifted_32x2x2", Access::Shifted, &[2], 32, 2, 2),
     forward_warp("forward_warp_shifted_32x3x2", Access::Shifted, &[2], 32, 3, 2),
-    forward_warp("forward_warp_shifted_32x4x1", Access::Shifted, &[2, 4, 8], 32, 4, 1),
+    of_halves(forward_warp("forward_warp_shifted_32x4x1", Access::Shifted, &[2], 32, 4, 1)),
+    forward_warp("forward_warp_shifted_32x4x1", Access::Shifted, &[4, 8], 32, 4, 1),
     // 1537 columns of bf16: 83%, with 4 vectors a thread 76%: of half the warps, half the vectors.
-    forward_block("forward_block_shifted_3x1", Access::Shifted, &[2], 3, 1, [2, 2]),
+    of_halves(forward_block("forward_block_shifted_3x1", Access::Shifted, &[2], 3, 1, [2, 2])),
     // 769 columns of f32: 98%, in blocks 94%.
     forward_warp("forward_warp_shifted_32x6x2", Access::Shifted, &[4], 32, 6, 2),
     // 4001 columns: bf16 85%, f32 99%. 8191 columns of bf16: 88%, x loaded twice 84%.
-    forward_block("forward_block_shifted_4x1", Access::Shifted, &[2, 4], 4, 1, [8, 8]),
+    of_halves(forward_block("forward_block_shifted_4x1", Access::Shifted, &[2], 4, 1, [8, 8])),
+    forward_block("forward_block_shifted_4x1", Access::Shifted, &[4], 4, 1, [8, 8]),
+    // f32 weights beside bf16, of 2 rows at a time and, in brackets, of one, us: 16384 x 1001 27.4 (31.8), x 1537 36 (42), 8192 x 4001 44.5 (54).
+    of_f32(forward_warp("forward_warp_shifted_32x4x2", Access::Shifted, &[2], 32, 4, 2)),
+    of_f32(forward_block("forward_block_shifted_3x2", Access::Shifted, &[2], 3, 2, [2, 2])),
+    of_f32(forward_block("forward_block_shifted_4x2", Access::Shifted, &[2], 4, 2, [4, 4])),
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[8], 4, 1, [32, 16]),
     // 2048 x 12289 in bf16: 35.4 us, in 4 vectors a thread of 512 41.8.
     forward_block("forward_block_shiftedtwice_6x1", Access::Shifted, &[2], 6, 1, [32, 16]),
@@ -399,11 +429,11 @@ const FORWARD: &[Kernel] = &[
     ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[4], [4, 24, 4], [12, 16]),
     ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[8], [4, 20, 1], [15, 15]),
     ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[8], [4, 24, 4], [12, 12]),
-    Kernel { param_sizes: &[2], ..ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
-    Kernel { param_sizes: &[2], ..ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 16]) },
+    of_halves(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [16, 16])),
+    of_halves(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 16])),
     // f32 weights take registers.
-    Kernel { param_sizes: &[4], ..ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [11, 11]) },
-    Kernel { param_sizes: &[4], ..ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [8, 8]) },
+    of_f32(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [11, 11])),
+    of_f32(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [8, 8])),
     forward_warp("forward_warp_single_32x8x1", Access::Single, &[2, 4, 8], 32, 8, 1),
     forward_warp("forward_warp_single_32x16x1", Access::Single, &[2, 4], 32, 16, 1),
     forward_block("forward_block_single_16x1", Access::Single, &[2, 4], 16, 1, [16, 16]),
@@ -412,14 +442,13 @@ const FORWARD: &[Kernel] = &[
     Kernel { most_blocks: 8, ..ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
     ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[8], [4, 20, 1], [16, 16]),
     // f32 at 32768, 65536, 131072, 262144 columns: 94%, 97%, 97%, 96%, with 4 vectors a thread of 16 warps 92%, 96%, 93%, and a grid 91%.
-    Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[4], [12, 36, 1], [11, 11]) },
-    Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[2], [12, 36, 1], [11, 11]) },
-    Kernel { param_sizes: &[4], ..ring("forward_ring", "forward_cluster_wide", Regime::Cluster, &[2], [4, 20, 1], [16, 16]) },
+    of_f32(ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[4], [12, 36, 1], [11, 11])),
+    of_halves(ring("forward_ring", "forward_long_cluster_wide", Regime::Cluster, &[2], [12, 36, 1], [11, 11])),
     // 128 x 1048576 in f32, with a lead of 16, 18, 19 chunks: 91%, 93%, 94%; with 2 warps that communicate, where 4 had 89%, 83%.
     ring("forward_ring", "forward_grid_wide", Regime::Grid, &[2, 4, 8], [4, 24, 4], [16, 16]),
     // 16 x 4194304: bf16 85%, split 59%; f32 80%, with a lead of 34 chunks for 33 77%, split 60%.
-    Kernel { param_sizes: &[2], ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 40, 1], [11, 11]) },
-    Kernel { param_sizes: &[4], bias_slots: 5, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 30, 1], [11, 11]) },
+    of_halves(ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 40, 1], [11, 11])),
+    Kernel { bias_slots: 5, ..of_f32(ring("forward_ring", "forward_giant_wide", Regime::Grid, &[2], [12, 30, 1], [11, 11])) },
     Kernel { bias_slots: 4, ..ring("forward_ring", "forward_giant_wide", Regime::Grid, &[4], [23, 36, 1], [11, 11]) },
     split("split", "split_moments_wide", "split_normalize_wide", Access::Wide),
     split("split_single", "split_moments_single", "split_normalize_single", Access::Single),
@@ -747,7 +776,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Warps that hold a row's part of one of `blocks` blocks, whose parts are whole chunks of 32 vectors.
+    /// Warps of one of `blocks` blocks that share a row.
     fn warps_for(&self, kernel: &Kernel, blocks: usize) -> usize {
         let least = if kernel.exact {
             self.most_warps(kernel)
@@ -757,6 +786,7 @@ impl<'a> Planner<'a> {
         self.warps_of_row(kernel, blocks).max(least)
     }
 
+    /// Those of them that hold a part of it: whole chunks of 32 vectors each.
     fn warps_of_row(&self, kernel: &Kernel, blocks: usize) -> usize {
         self.vectors(kernel)
             .div_ceil(blocks)
