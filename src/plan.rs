@@ -1900,6 +1900,65 @@ mod tests {
         assert_eq!(of(DType::F32, 65536, &alone), (Split, Split));
     }
 
+    /// Which are loaded once for two rows, or kept by clusters.
+    #[test]
+    fn f32_weights_beside_halves_take_kernels_of_their_own() {
+        let of = |cols, params, device: &DeviceFacts| {
+            let p = Problem {
+                param_dtype: params,
+                ..problem(4097, cols, DType::BF16)
+            };
+            let access = Access::of(&p, true, true);
+            let Launch { entry, grid, .. } = forward(&p, access, device, None).unwrap().launches[0];
+            (entry, grid[0])
+        };
+        for (cols, of_f32, of_bf16) in [
+            (
+                1024,
+                ("forward_warp_wide_32x4x2", 513),
+                ("forward_warp_wide_32x4x1", 1025),
+            ),
+            (
+                1536,
+                ("forward_block_wide_3x2", 2049),
+                ("forward_block_wide_3x1", 4097),
+            ),
+            (
+                4096,
+                ("forward_block_wide_4x2", 2049),
+                ("forward_block_wide_128x4x1", 4097),
+            ),
+            (
+                4104,
+                ("forward_cluster_wide", 660),
+                ("forward_block_wide_4x1", 4097),
+            ),
+            // Eight at a time that start alike.
+            (
+                1001,
+                ("forward_warp_shifted_32x4x2", 514),
+                ("forward_warp_shifted_32x4x1", 1025),
+            ),
+            (
+                1537,
+                ("forward_block_shifted_3x2", 2056),
+                ("forward_block_shifted_3x1", 4097),
+            ),
+            (
+                4001,
+                ("forward_block_shifted_4x2", 2056),
+                ("forward_block_shifted_4x1", 4097),
+            ),
+        ] {
+            assert_eq!(of(cols, DType::F32, &H200), of_f32, "{cols}");
+            assert_eq!(of(cols, DType::BF16, &H200), of_bf16, "{cols}");
+        }
+        assert_eq!(
+            of(4104, DType::F32, &A100),
+            ("forward_block_twice_4x1", 4097)
+        );
+    }
+
     #[test]
     fn calls_of_one_wave_take_kernels_of_their_own() {
         let of = |rows, cols, dtype, access| {
