@@ -23,6 +23,11 @@
 
 template <int kLag> constexpr int kSetsFor = kLag <= 2 ? 4 : 8;
 template <Owner kOwner> constexpr int kMaxTeams = kOwner == Owner::Block ? 8 : 1;
+#ifdef LN_ADD
+constexpr bool kAdds = true;
+#else
+constexpr bool kAdds = false;
+#endif
 
 // kPlain: a weight that is not centred at 0.
 template <int kVec, int kPer, int kRing, int kLag, Owner kOwner, int kComm, bool kShifted, bool kPlain>
@@ -184,7 +189,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       next = own_rows.next(next);
       copy_async_commit();
     };
-#pragma unroll 1
+#pragma unroll(kAdds ? kRing : 1)
     for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
 
     uint32_t sum_at = begin, dx_at = begin;
@@ -252,14 +257,32 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll
       for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame_end, k)));
       const int start = it, stop = kSorted ? own_rows.end_of_kind(it, sum_row) : own_rows.count;
-      const int end = stop < own_rows.count ? stop : stop + kLag;
-      // One loop for rows that are summed alone, summed while another's dx is written, and written alone: code comes from memory too.
+      if constexpr (kAdds) {
+        // Where dsum is loaded ahead of a row, a loop for each: in the first the weights arrive, which one for all would wait for time and again,
+        // and for dsum with them.
 #pragma unroll 1
-      for (; it < end; it++) {
-        const bool writes = it >= kLag;
-        if (writes) load_arriving();
-        if (it < stop) add_row(it);
-        if (writes) write_dx(it - kLag, it - kLag < start);
+        for (; it < min(start + kLag, stop); it++) add_row(it);
+#pragma unroll 1
+        for (; it < stop; it++) {
+          load_arriving();
+          add_row(it);
+          write_dx(it - kLag, false);
+        }
+        if (it == own_rows.count) {
+#pragma unroll 1
+          for (int late = max(0, it - kLag); late < it; late++) {
+            load_arriving();
+            write_dx(late, false);
+          }
+        }
+      } else {
+        // One loop for rows that are summed alone, summed while another's dx is written, and written alone: code comes from memory too.
+        const int end = stop < own_rows.count ? stop : stop + kLag;
+#pragma unroll 1
+        for (; it < end; it++) {
+          if (it < stop) add_row(it);
+          if (it >= kLag) write_dx(it - kLag, it - kLag < start);
+        }
       }
       if constexpr (kSorted) {
         if (it < own_rows.count) sum_row = own_rows.at(it);

@@ -346,7 +346,12 @@ impl Case {
     #[cfg(feature = "cuda")]
     pub fn choices(&self, device: &Device) -> Result<[Vec<Choice>; 2]> {
         let xs = self.xs(device)?;
-        let weight = Tensor::ones(self.normalized_shape(), self.dtypes.params, device)?;
+        // Kernels of no weight are those of one in the dtype of xs.
+        let params = match self.kind.has_weight() {
+            true => self.dtypes.params,
+            false => self.dtypes.xs,
+        };
+        let weight = Tensor::ones(self.normalized_shape(), params, device)?;
         Ok([
             bench::forward_candidates(&xs, &weight, &weight)?.choices,
             bench::backward_candidates(&xs, &weight, &xs)?.choices,
