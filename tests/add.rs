@@ -311,14 +311,8 @@ fn every_kernel_equals_f64(dtypes: Dtypes) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-grid_tests! {
-    every_kernel_equals_f64:
-    every_kernel_equals_f64_for_f32 => F32,
-    every_kernel_equals_f64_for_f64 => F64,
-    every_kernel_equals_f64_for_f16 => F16,
-    every_kernel_equals_f64_for_bf16 => BF16,
-    every_kernel_equals_f64_for_f16_with_f32_weight_and_bias => F16_F32,
-    every_kernel_equals_f64_for_bf16_with_f32_weight_and_bias => BF16_F32,
+mod every_kernel {
+    crate::grid_tests!(super::every_kernel_equals_f64);
 }
 
 #[test]

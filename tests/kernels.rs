@@ -85,64 +85,47 @@ fn check_shapes(
     Ok(())
 }
 
-/// Those that add a residual are tests/add.rs'.
-fn is_of_unaligned(kernel: &str) -> Option<bool> {
-    (!kernel.contains("add")).then(|| kernel.contains("_shifted/") || kernel.contains("_single/"))
-}
-
-fn aligned_rows(dtypes: Dtypes) -> Result<()> {
+/// Holds shapes against f64 by all kernels but in large clusters, and that no kernel of such rows is left out.
+fn check_all_kernels(shapes: &[[usize; 2]], dtypes: Dtypes, are_aligned: bool) -> Result<()> {
     for device in cuda_devices() {
-        check_shapes(&ALIGNED, dtypes, device, |choice| !is_large_cluster(choice))?;
-        assert_loaded(device, dtypes, |name| is_of_unaligned(name) == Some(false))?;
-    }
-    Ok(())
-}
-
-fn unaligned_rows(dtypes: Dtypes) -> Result<()> {
-    for device in cuda_devices() {
-        check_shapes(&UNALIGNED, dtypes, device, |choice| {
-            !is_large_cluster(choice)
+        check_shapes(shapes, dtypes, device, |choice| !is_large_cluster(choice))?;
+        assert_loaded(device, dtypes, |kernel| {
+            let of_unaligned = kernel.contains("_shifted/") || kernel.contains("_single/");
+            // Those that add a residual are tests/add.rs'.
+            of_unaligned != are_aligned && !kernel.contains("add")
         })?;
-        assert_loaded(device, dtypes, |name| is_of_unaligned(name) == Some(true))?;
     }
     Ok(())
 }
 
-fn large_clusters(dtypes: Dtypes) -> Result<()> {
-    for device in cuda_devices() {
-        for shapes in [&ALIGNED, &UNALIGNED] {
-            check_shapes(shapes, dtypes, device, is_large_cluster)?;
+mod aligned_rows {
+    use super::*;
+
+    fn equal_f64(dtypes: Dtypes) -> Result<()> {
+        check_all_kernels(&ALIGNED, dtypes, true)
+    }
+    crate::grid_tests!(equal_f64);
+}
+
+mod unaligned_rows {
+    use super::*;
+
+    fn equal_f64(dtypes: Dtypes) -> Result<()> {
+        check_all_kernels(&UNALIGNED, dtypes, false)
+    }
+    crate::grid_tests!(equal_f64);
+}
+
+mod large_clusters {
+    use super::*;
+
+    fn equal_f64(dtypes: Dtypes) -> Result<()> {
+        for device in cuda_devices() {
+            for shapes in [&ALIGNED, &UNALIGNED] {
+                check_shapes(shapes, dtypes, device, is_large_cluster)?;
+            }
         }
+        Ok(())
     }
-    Ok(())
-}
-
-grid_tests! {
-    aligned_rows:
-    aligned_rows_of_f32 => F32,
-    aligned_rows_of_f64 => F64,
-    aligned_rows_of_f16 => F16,
-    aligned_rows_of_bf16 => BF16,
-    aligned_rows_of_f16_with_f32_weight_and_bias => F16_F32,
-    aligned_rows_of_bf16_with_f32_weight_and_bias => BF16_F32,
-}
-
-grid_tests! {
-    unaligned_rows:
-    unaligned_rows_of_f32 => F32,
-    unaligned_rows_of_f64 => F64,
-    unaligned_rows_of_f16 => F16,
-    unaligned_rows_of_bf16 => BF16,
-    unaligned_rows_of_f16_with_f32_weight_and_bias => F16_F32,
-    unaligned_rows_of_bf16_with_f32_weight_and_bias => BF16_F32,
-}
-
-grid_tests! {
-    large_clusters:
-    large_clusters_of_f32 => F32,
-    large_clusters_of_f64 => F64,
-    large_clusters_of_f16 => F16,
-    large_clusters_of_bf16 => BF16,
-    large_clusters_of_f16_with_f32_weight_and_bias => F16_F32,
-    large_clusters_of_bf16_with_f32_weight_and_bias => BF16_F32,
+    crate::grid_tests!(equal_f64);
 }

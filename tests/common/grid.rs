@@ -311,11 +311,11 @@ fn pair_from_env(variable: &str, separator: &str) -> Option<(usize, usize)> {
     }))
 }
 
-/// A test for each of `Dtypes::ALL`, which calls `$check` with them.
+/// A test for each of `Dtypes::ALL`, which calls `$check` with them. In a module of its own where a file has more than one.
 // Exported: the test binaries that do not use it would warn of it otherwise.
 #[macro_export]
 macro_rules! grid_tests {
-    ($check:ident) => {
+    ($check:path) => {
         $crate::grid_tests! {
             $check:
             grid_equals_f64_for_f32 => F32,
@@ -326,7 +326,7 @@ macro_rules! grid_tests {
             grid_equals_f64_for_bf16_with_f32_weight_and_bias => BF16_F32,
         }
     };
-    ($check:ident: $($name:ident => $dtypes:ident,)*) => {$(
+    ($check:path: $($name:ident => $dtypes:ident,)*) => {$(
         #[test]
         fn $name() -> anyhow::Result<()> {
             $check($crate::common::case::Dtypes::$dtypes)
