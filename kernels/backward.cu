@@ -68,7 +68,8 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   const int iterations = rows_from(first), own_iterations = rows_from(own_first);
   const Acc inv_cols = inverse(cols);
   static_assert(!kShifted || kLanes == kWarp, "a shift a warp");
-  const Frame<kVec, kShifted> frame(cols, first);
+  using F = Frame<kVec, kShifted>;
+  const F frame(cols, first);
 
   using C = Chunks<kVec, 2>;
   const uint32_t begin = C::start(shared, warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
@@ -111,14 +112,15 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
 #pragma unroll
   for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, k * kLanes + t, weight_offset, valid[k]), weight_offset);
   OuterColumns<kVec, kShifted> outer;
-  outer.start(frame, true, weight, weight_offset);
+  const bool has_outer = lane < F::outer_columns(cols);
+  outer.start(frame, has_outer, weight, weight_offset);
   int64_t row_ahead = own_first;
   Acc mean_ahead = 0, rstd_ahead = 0;
   const auto load_ahead = [&](int it) {
     if (it < own_iterations) {
       if (mean) mean_ahead = __ldg(mean + row_ahead);
       rstd_ahead = __ldg(rstd + row_ahead);
-      outer.load(frame, true, x, dy, row_ahead * cols);
+      outer.load(frame, has_outer, x, dy, row_ahead * cols);
       row_ahead += stride;
     }
   };

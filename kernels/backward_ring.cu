@@ -4,8 +4,8 @@
 // Algorithm     Persistent owners stride over the rows; ring.cuh says how they work together. A thread owns the same kPer vectors of
 //               every row: weight and the sums for dweight and dbias stay in its registers. dx of a row is written kLag rows
 //               after its sums, so that nobody waits for a reduction. finalize.cu adds up the owners' partial dweight and
-//               dbias; a block has added up its teams'.
-// Bytes moved   3 * rows * cols * sizeof(X), and 16 * parts * cols for the partials, written and read (in f32).
+//               dbias; a block has added up its teams'. Where rows do not all start alike, sums move with the columns (`move_sums`).
+// Bytes moved   3 * rows * cols * sizeof(X), and 16 * owners * cols for the partials, written and read (in f32).
 // Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4; T * W <= 16. shared:
 //               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0);
 //               cols <= blocks * W * 32 * kPer * kVec.
@@ -14,8 +14,8 @@
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: zeros, [rows, 2 * group_blocks + 64].
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners
-//               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups,
-//               partials are [owners + min(rows, S) - 1, cols], where rows start in S ways.
+//               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
+//               partials has `Edges` behind it, unless there is but one row of x.
 //               dx, dweight_part, dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks, owners.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
@@ -58,18 +58,17 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
   sync_owner<kOwner>();
 
   using F = Frame<kVec, kShifted>;
-  // Partial sums: of a block; of an owner and a kind of its rows, of which the next owner's first is the same or the next.
-  auto first_row = own_rows.at(0);
+  const auto first_row = own_rows.at(0);
+  const F first_frame(cols, first_row);
+  const Edges edges = Edges::of(cols);
+  const bool has_edges = kSorted && rows > 1;
+  // Partial sums of a block, or of an owner.
   const int step = part_step(cols);
-  int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner + own_rows.kind_of(first_row)) * step;
-  // No owner has this kind's predecessor beside it.
-  const bool alone = own_rows.starts_kind(first_row);
+  const int64_t part = (kOwner == Owner::Block ? int64_t(blockIdx.x) : group.owner) * (step + (has_edges ? edges.count() : 0));
 
-  const Share share = share_of(F::most_vectors(cols), group.rank, group.blocks);
-  // A compute thread's vectors: of the share, and of the row.
-  const int vector = share.begin + warp * kPer * kWarp + lane;
-  const int last = share.begin + share.vectors;
-  const auto end_in = [&](const F& frame) { return min(last, frame.vectors); };
+  const Share share = share_of(first_frame.vectors, group.rank, group.blocks);
+  // A compute thread's vectors.
+  const int vector = share.begin + warp * kPer * kWarp + lane, end_vector = share.begin + share.vectors;
   // The sums of a compute thread's columns, and of a communication thread's.
   Columns<kVec, kPer> own;
   OuterColumns<kVec, kShifted> outer;
@@ -79,16 +78,16 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     Statistics<kComm, false> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     // The first of a row's blocks has its outer columns.
-    const bool here = group.rank == 0;
+    const bool has_outer = group.rank == 0 && lane < F::outer_columns(cols);
     // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
     constexpr int kFar = kRing / kComm + 2;
     auto place = first_row, ahead = first_row, far = first_row;
     const auto load_ahead = [&](int it) {
-      if (it < own_rows.count) outer.load(F(cols, ahead), here, x, dy, ahead * int64_t(cols));
+      if (it < own_rows.count) outer.load(F(cols, ahead), has_outer, x, dy, ahead * int64_t(cols));
       ahead = own_rows.next(ahead, kComm);
     };
     const auto prefetch = [&](int it) {
-      if (it < own_rows.count) outer.prefetch(F(cols, far), here, x, dy, far * int64_t(cols));
+      if (it < own_rows.count) outer.prefetch(F(cols, far), has_outer, x, dy, far * int64_t(cols));
       far = own_rows.next(far, kComm);
     };
     if constexpr (kShifted) {
@@ -98,15 +97,12 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll 1
       for (int i = 0; i < kFar; i++) prefetch(own_warp + i * kComm);
     }
+    outer.start(first_frame, has_outer, weight, weight_offset);
     int it = 0;
 #pragma unroll 1
     do {
-      outer.start(F(cols, place), here, weight, weight_offset);
-      if (alone && it == 0 && own_warp == 0) {
-        if (dweight_part) outer.store_sums(dweight_part + part - step, false);
-        if (dbias_part) outer.store_sums(dbias_part + part - step, true);
-      }
-      const int stop = kSorted ? own_rows.end_of_kind(it, place) : own_rows.count;
+      if constexpr (kSorted) outer.go_on(F(cols, place), weight, weight_offset);
+      const int stop = own_rows.end_of_kind(it, place);
 #pragma unroll 1
       for (; it < stop; it++, place = own_rows.next(place)) {
         if (it % kComm != own_warp) continue;
@@ -130,20 +126,21 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         mail.deliver(it, s);
         outer.store_dx(dx, place * int64_t(cols), s, weight_offset);
       }
-      if constexpr (kShifted) outer.template add_up<kComm>(own_warp);
-      if (own_warp == 0 && teams == 1) {
-        if (dweight_part) outer.store_sums(dweight_part + part, false);
-        if (dbias_part) outer.store_sums(dbias_part + part, true);
-      }
-      part += step;
     } while (kSorted && it < own_rows.count);
+    if constexpr (kShifted) outer.template add_up<kComm>(own_warp);
+    if (own_warp == 0 && teams == 1) {
+#pragma unroll
+      for (int tensor = 0; tensor < 2; tensor++) {
+        Acc* const out = tensor ? dbias_part : dweight_part;
+        if (!out) continue;
+        outer.store_sums(out + part, tensor);
+        if (has_edges && group.rank == 0) outer.store_left(out + part + step, edges, tensor);
+      }
+    }
   } else {
-    const F first_frame(cols, first_row);
     bool valid[kPer];
 #pragma unroll
-    for (int k = 0; k < kPer; k++) valid[k] = vector + k * kWarp < end_in(first_frame);
-    // In a row that reaches so far.
-    const auto holds = [&](int end, int k) { return kSorted ? vector + k * kWarp < end : valid[k]; };
+    for (int k = 0; k < kPer; k++) valid[k] = vector + k * kWarp < end_vector;
     using C = Chunks<kVec, 2>;
     const uint32_t begin = C::start(shared, team * warps + warp, kRing * kPer), end = begin + kRing * kPer * C::kChunk;
     const auto advance = [&](uint32_t& at) {
@@ -161,26 +158,20 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     auto next = first_row;
     F next_frame = first_frame;
-    int next_end = end_in(first_frame);
     Statistics<1, true> statistics;
     statistics.load(mean, rstd, own_rows, 0);
     const uint64_t policy = evict_last();
     const auto fill = [&](int it, uint32_t at) {
       if (it < own_rows.count) {
-        if (own_rows.starts_kind(next)) {
-          next_frame = F(cols, next);
-          next_end = end_in(next_frame);
-        }
+        if (own_rows.starts_kind(next)) next_frame = F(cols, next);
         const int64_t from = offset_of(next_frame, next);
 #pragma unroll
         for (int k = 0; k < kPer; k++) {
-          const bool held = holds(next_end, k);
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-          // Of sorted rows, one may have a vector less than the one whose slots it takes.
           if constexpr (kShifted) {
-            C::fill_by_l1(xs, x + from + k * kWarp * kVec, held, policy);
-            C::fill_by_l1(dys, dy + from + k * kWarp * kVec, held, policy);
-          } else if (held) {
+            C::fill_by_l1(xs, x + from + k * kWarp * kVec, valid[k], policy);
+            C::fill_by_l1(dys, dy + from + k * kWarp * kVec, valid[k], policy);
+          } else if (valid[k]) {
             C::fill(xs, x + from + k * kWarp * kVec, policy);
             C::fill(dys, dy + from + k * kWarp * kVec, policy);
           }
@@ -208,14 +199,14 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     // Of the row whose dx is written next.
     auto dx_row = first_row;
     F dx_frame = first_frame;
-    int dx_end = end_in(first_frame);
     const auto dx_offset = [&]() { return offset_of(dx_frame, kSorted ? dx_row : next - kRing * own_rows.step); };
     // Loaded while another is summed.
     Arriving<kVec, kPer> arriving;
     const auto load_arriving = [&]() {
 #pragma unroll
-      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset() + k * kWarp * kVec, holds(dx_end, k));
+      for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset() + k * kWarp * kVec, valid[k]);
     };
+    const auto weights_in = [&](const F& frame, int k) { return load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid[k]); };
     // The weight at hand is that of the row that is summed: of a row that starts otherwise, it is loaded.
     const auto write_dx = [&](int it, bool other_kind) {
       const Scales s = mail.wait(it);
@@ -225,38 +216,43 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
         Acc f[kVec];
         if (kSorted && other_kind)
-          own.gradient_of(load_weight_of(dx_frame, weight, vector + k * kWarp, weight_offset, holds(dx_end, k)), xs, dys, s, offset, f);
+          own.gradient_of(weights_in(dx_frame, k), xs, dys, s, offset, f);
         else own.gradient(k, xs, dys, s, offset, f);
-        arriving.finish(added, k, f, out + k * kWarp * kVec, holds(dx_end, k));
-        store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && holds(dx_end, k));
+        arriving.finish(added, k, f, out + k * kWarp * kVec, valid[k]);
+        store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && valid[k]);
       }
       if constexpr (kSorted) {
         dx_row = own_rows.next(dx_row);
-        if (own_rows.starts_kind(dx_row)) {
-          dx_frame = F(cols, dx_row);
-          dx_end = end_in(dx_frame);
-        }
+        if (own_rows.starts_kind(dx_row)) dx_frame = F(cols, dx_row);
       }
       fill(it + kRing, dx_at);
       advance(dx_at);
     };
-    if (alone) {
-#pragma unroll
-      for (int k = 0; k < kPer; k++) {
-        const Acc zeros[kVec] = {};
-        if (dweight_part) store_columns(first_frame, dweight_part + part - step, vector + k * kWarp, zeros, end_in(first_frame));
-        if (dbias_part) store_columns(first_frame, dbias_part + part - step, vector + k * kWarp, zeros, end_in(first_frame));
+    // Of the warp's chunks: worked out where it is needed, or it takes registers that the loop over rows lacks.
+    const auto edges_at = [&]() {
+      int of_warp = vector;
+      asm volatile("" : "+r"(of_warp));
+      return part + step + of_warp / kWarp * kVec;
+    };
+    const int chunks = min(kPer, (end_vector - vector + lane + kWarp - 1) / kWarp);
+    if (has_edges && lane < kVec)
+#pragma unroll 1
+      for (int at = lane; at < chunks * kVec; at += kVec) {
+        if (dweight_part) dweight_part[edges_at() + at] = 0;
+        if (dbias_part) dbias_part[edges_at() + at] = 0;
       }
-    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kPer; k++) own.start(k, {});
     int it = 0;
+    // Of the rows that are summed.
     auto sum_row = first_row;
+    F frame = first_frame;
 #pragma unroll 1
     do {
-      const F frame(cols, sum_row);
-      const int frame_end = end_in(frame);
 #pragma unroll
-      for (int k = 0; k < kPer; k++) own.start(k, load_weight_of(frame, weight, vector + k * kWarp, weight_offset, holds(frame_end, k)));
-      const int start = it, stop = kSorted ? own_rows.end_of_kind(it, sum_row) : own_rows.count;
+      for (int k = 0; k < kPer; k++) own.weight[k] = weights_in(frame, k);
+      const int start = it, stop = own_rows.end_of_kind(it, sum_row);
       if constexpr (kAdds) {
         // Where dsum is loaded ahead of a row, a loop for each: in the first the weights arrive, which one for all would wait for time and again,
         // and for dsum with them.
@@ -285,25 +281,29 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         }
       }
       if constexpr (kSorted) {
-        if (it < own_rows.count) sum_row = own_rows.at(it);
-      }
-
-      if (teams == 1) {
-#pragma unroll
-        for (int k = 0; k < kPer; k++) {
-          if (dweight_part) store_columns(frame, dweight_part + part, vector + k * kWarp, own.dweight[k], frame_end);
-          if (dbias_part) store_columns(frame, dbias_part + part, vector + k * kWarp, own.dbias[k], frame_end);
+        if (it < own_rows.count) {
+          sum_row = own_rows.at(it);
+          const F before = frame;
+          frame = F(cols, sum_row);
+          const int by = frame.head - before.head;
+          move_sums(own.dweight, before.head, by, valid, dweight_part ? dweight_part + edges_at() : nullptr);
+          move_sums(own.dbias, before.head, by, valid, dbias_part ? dbias_part + edges_at() : nullptr);
         }
       }
-      part += step;
     } while (kSorted && it < own_rows.count);
+    if (teams == 1) {
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        if (dweight_part) store_columns(frame, dweight_part + part, vector + k * kWarp, own.dweight[k], end_vector);
+        if (dbias_part) store_columns(frame, dbias_part + part, vector + k * kWarp, own.dbias[k], end_vector);
+      }
+    }
     copy_async_wait<0>();
   }
   if constexpr (kOwner == Owner::Block) {
     if (teams > 1) {
       // The teams' sums in order, through shared memory that the ring no longer needs: those of dweight, then those of dbias.
       Acc* const sums = reinterpret_cast<Acc*>(shared);
-      const F frame(cols, first_row);
       block_sync();
 #pragma unroll
       for (int tensor = 0; tensor < 2; tensor++) {
@@ -312,7 +312,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           outer.store_sums(to, tensor);
         } else {
 #pragma unroll
-          for (int k = 0; k < kPer; k++) store_columns(frame, to, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_in(frame));
+          for (int k = 0; k < kPer; k++) store_columns(first_frame, to, vector + k * kWarp, tensor ? own.dbias[k] : own.dweight[k], end_vector);
         }
       }
       block_sync();

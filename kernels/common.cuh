@@ -274,6 +274,27 @@ __device__ __forceinline__ int part_step(int cols) {
   return (cols + kStep - 1) / kStep * kStep;
 }
 
+// Whole vectors of each of rows that do not start on 16 bytes: less than kWide columns come before them, kWide - 1 or more behind.
+__device__ __forceinline__ int shifted_vectors(int cols) { return uint32_t(max(cols - 2 * (kWide - 1), 0)) / kWide; }
+
+// Sums over rows that start in several ways, and that blocks share: as an owner goes on from some of its rows to those that start later, the sums of
+// a row's outer columns, of which there are equally many, and of a chunk's first columns, move out of reach of who had them, and another goes on from 0. They
+// stay here, behind the row of partial sums: kWide places for each chunk of 32 vectors, and behind these for the columns behind the last vector.
+struct Edges {
+  static constexpr int kChunk = kWarp * kWide;
+  int vectors;
+
+  __device__ __forceinline__ static Edges of(int cols) { return {shifted_vectors(cols)}; }
+  __device__ __forceinline__ int behind() const { return (vectors + kWarp - 1) / kWarp * kWide; }
+  __device__ __forceinline__ int count() const { return behind() + kWide; }
+  // A column's place, or a vector's of columns from there on; or -1.
+  __device__ __forceinline__ int place(int column) const {
+    const int beyond = column - vectors * kWide;
+    if (beyond >= 0) return beyond < kWide ? behind() + beyond : -1;
+    return column % kChunk < kWide ? column / kChunk * kWide + column % kChunk : -1;
+  }
+};
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 // Lets the next kernel on the stream be launched as soon as all blocks of this one are running, if it was queued to allow that; it waits

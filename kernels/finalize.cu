@@ -2,7 +2,7 @@
 //
 // Computes      dweight[c] = sum over parts of dweight_part[part][c], dbias likewise.
 // Algorithm     A thread owns kVec columns and every S-th part, all of them on their way at once: what this launch takes is latency. The S sums
-//               of a column are added in order, by a thread a column.
+//               of a column are added in order, by a thread a column. A part's `Edges` come behind it.
 // Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the owners left them.
 // Launch        block (L, S), L * S = kThreads, S a power of 2; grid (cols / (L * kVec) rounded up, 2).
 //               Either output may be null. On sm_90 it may be launched before the parts are there (programmatic dependent launch), and waits.
@@ -16,16 +16,18 @@ constexpr int kAhead = 10;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     finalize(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,
-             const Acc* __restrict__ dweight_part /* [parts, cols], rows part_step apart */,
-             const Acc* __restrict__ dbias_part /* [parts, cols], rows part_step apart */, int parts, int cols) {
+             const Acc* __restrict__ dweight_part /* [parts, cols], rows part_step, and Edges, apart */,
+             const Acc* __restrict__ dbias_part /* as dweight_part */, int parts, int cols, int has_edges) {
   __shared__ Vec<Acc, kVec> sums[kThreads];
   const int lanes = blockDim.x, splits = blockDim.y, lane = threadIdx.x, split = threadIdx.y;
   const int own_columns = lanes * kVec, first = blockIdx.x * own_columns, c = first + lane * kVec;
-  const int64_t step = part_step(cols);
+  const Edges edges = Edges::of(cols);
+  const int edge = has_edges ? edges.place(c) : -1;
+  const int64_t step = part_step(cols) + (has_edges ? edges.count() : 0);
   Param* const out = blockIdx.y ? dbias : dweight;
-  const Acc* const part = (blockIdx.y ? dbias_part : dweight_part) + c;
+  const Acc* const part = blockIdx.y ? dbias_part : dweight_part;
   Acc sum[kVec] = {};
-  const auto add_parts = [&](const auto& load) {
+  const auto add_parts = [&](const Acc* part, const auto& load) {
 #pragma unroll 1
     for (int p = split; p < parts; p += kAhead * splits) {
       Vec<Acc, kVec> v[kAhead];
@@ -39,11 +41,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   };
   wait_for_previous();
   if (!out) return;
+  const auto load = [](const Acc* from, bool valid) { return load_vec_if<Acc, kVec>(from, valid); };
+  if (edge >= 0) add_parts(part + part_step(cols) + edge, load);
   if (c + kVec <= cols) {
-    add_parts([](const Acc* from, bool valid) { return load_vec_if<Acc, kVec>(from, valid); });
+    add_parts(part + c, load);
   } else {
     // Behind the last column nothing was written.
-    add_parts([&](const Acc* from, bool valid) {
+    add_parts(part + c, [&](const Acc* from, bool valid) {
       Acc f[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; i++) f[i] = valid && c + i < cols ? __ldg(from + i) : Acc(0);

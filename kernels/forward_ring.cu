@@ -34,16 +34,14 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
   const int lane = threadIdx.x % kWarp, warp = __shfl_sync(kFull, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp - kComm;
   const auto own = Rows<kShifted>::template of<kVec>(rows, cols, group.owner, group.owners);
   using F = Frame<kVec, kShifted>;
-  const auto share_at = [&](int rank) { return share_of(F::most_vectors(cols), rank, group.blocks); };
+  const auto share_at = [&](int rank) { return share_of(F::vectors_of(cols), rank, group.blocks); };
   // Columns of a block; the first of a row's has the outer ones, in its communication warps.
-  const auto columns_at = [&](const F& frame, int rank) {
-    return frame.count(share_at(rank).begin, share_at(rank).begin + share_at(rank).vectors) + (rank == 0 ? frame.outer_columns() : 0);
-  };
+  const auto columns_at = [&](int rank) { return share_at(rank).vectors * kVec + (rank == 0 ? F::outer_columns(cols) : 0); };
   const Share share = share_at(group.rank);
   // Columns of a warp's part of the share.
-  const auto columns_of = [&](const F& frame, int w) {
+  const auto columns_of = [&](int w) {
     const int begin = min(w * kPer * kWarp, share.vectors), end = min(begin + kPer * kWarp, share.vectors);
-    return frame.count(share.begin + begin, share.begin + end);
+    return (end - begin) * kVec;
   };
 
   if (threadIdx.x == 0) mail.init(warps);
@@ -54,17 +52,16 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     const Acc inv_cols = inverse(cols);
     constexpr int kHeard = kOwner == Owner::Grid ? kMaxOthers : 1;
     constexpr int kPieces = kShifted ? 2 : 1;
-    Acc counts[kPieces], inv_share = 0, shares[kHeard];
-    const auto count = [&](const F& frame) {
-      counts[0] = lane < warps ? Acc(columns_of(frame, lane)) : Acc(0);
-      if constexpr (kShifted) counts[1] = group.rank == 0 && lane < frame.outer_columns();
-      inv_share = inverse(max(columns_at(frame, group.rank), 1));
+    const bool has_outer = group.rank == 0 && lane < F::outer_columns(cols);
+    const Acc inv_share = inverse(max(columns_at(group.rank), 1));
+    Acc counts[kPieces], shares[kHeard];
+    counts[0] = lane < warps ? Acc(columns_of(lane)) : Acc(0);
+    if constexpr (kShifted) counts[1] = has_outer;
 #pragma unroll
-      for (int j = 0; j < kHeard; j++) {
-        const int block = lane + j * kWarp;
-        shares[j] = block < group.blocks ? Acc(columns_at(frame, block)) : Acc(0);
-      }
-    };
+    for (int j = 0; j < kHeard; j++) {
+      const int block = lane + j * kWarp;
+      shares[j] = block < group.blocks ? Acc(columns_at(block)) : Acc(0);
+    }
     const auto merge = [&](const Part (&heard)[kHeard]) {
       const Part all = merge_parts(heard, shares, inv_cols);
       return Pair{all.mean, all.m2};
@@ -74,21 +71,13 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     // Of this warp's rows, the one ahead is on its way from L2, and the next kFar on their way to it.
     constexpr int kFar = kSlots / kPer / kComm + 2;
     auto row = own.at(0), ahead = row, far = row;
-    const auto at_outer = [&](const auto& row, bool& valid) {
-      const F frame(cols, row);
-      valid = group.rank == 0 && lane < frame.outer_columns();
-      return x + row * int64_t(cols) + frame.outer(lane);
-    };
+    const auto outer_of = [&](const auto& row) { return x + row * int64_t(cols) + F(cols, row).outer(lane); };
     const auto load_ahead = [&](int it) {
-      bool valid;
-      const X* const from = at_outer(ahead, valid);
-      x_ahead = load_vec<X, 1>(from, valid && it < own.count)[0];
+      x_ahead = load_vec<X, 1>(outer_of(ahead), has_outer && it < own.count)[0];
       ahead = own.next(ahead, kComm);
     };
     const auto prefetch = [&](int it) {
-      bool valid;
-      const X* const from = at_outer(far, valid);
-      prefetch_if(from, valid && it < own.count);
+      prefetch_if(outer_of(far), has_outer && it < own.count);
       far = own.next(far, kComm);
     };
     if constexpr (kShifted) {
@@ -97,18 +86,16 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       load_ahead(warp - warps);
       for (int i = 0; i < kFar; i++) prefetch(warp - warps + i * kComm);
     }
-    int counted = -1;
-    if constexpr (!kShifted) count(F(cols, row));
+    int column = -1;
 #pragma unroll 1
     for (int it = 0; it < own.count; it++, row = own.next(row)) {
       if (it % kComm != warp - warps) continue;
       const F frame(cols, row);
       if constexpr (kShifted)
-        if (frame.head != counted) {
-          count(frame);
-          counted = frame.head;
-          w = weight_of(load_weight<1>(weight, frame.outer(lane), weight_offset, counts[1] > 0)[0], weight_offset);
-          b = load_param<1>(bias, frame.outer(lane), 0, counts[1] > 0)[0];
+        if (frame.outer(lane) != column) {
+          column = frame.outer(lane);
+          w = weight_of(load_weight<1>(weight, column, weight_offset, has_outer)[0], weight_offset);
+          b = load_param<1>(bias, column, 0, has_outer)[0];
         }
       const Acc value = x_ahead;
       if constexpr (kShifted) {
@@ -128,18 +115,16 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
         if (rstd) rstd[row] = n.rstd;
       }
       if constexpr (kShifted)
-        if (counts[1] > 0) y[row * int64_t(cols) + frame.outer(lane)] = X(n.xhat(value) * w + b);
+        if (has_outer) y[row * int64_t(cols) + column] = X(n.xhat(value) * w + b);
     }
   } else {
-    // This thread's vectors: of the share, and of the row.
-    const int first = warp * kPer * kWarp + lane, vector = share.begin + first;
-    const int last = share.begin + share.vectors;
-    // How far a row reaches beyond this thread's first vector, and so whether it has the thread's vector k.
-    const auto limit_in = [&](const F& frame) { return (kShifted ? min(last, frame.vectors) : last) - vector; };
-    const auto valid = [](int limit, int k) {
-      // Else the compiler keeps the answers for all k, in registers that giant rows do not have.
-      if constexpr (kGiant) asm volatile("" : "+r"(limit));
-      return k * kWarp < limit;
+    // This thread's vectors, and how far the share reaches beyond the first.
+    const int first = warp * kPer * kWarp + lane, vector = share.begin + first, limit = share.vectors - first;
+    const auto valid = [limit](int k) {
+      int reach = limit;
+      // Else the compiler keeps the answers for all k, in registers that giant rows, and unaligned ones of f32, do not have.
+      if constexpr (kGiant || (kShifted && sizeof(X) == 4)) asm volatile("" : "+r"(reach));
+      return k * kWarp < reach;
     };
     using C = Chunks<kVec, 1>;
     const uint32_t begin = C::start(shared, warp, kSlots), end = begin + kSlots * C::kChunk;
@@ -153,7 +138,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     const uint32_t bias_begin = B::start(shared + warps * kSlots * C::kChunk, warp, kBiasSlots), bias_end = bias_begin + kBiasSlots * B::kChunk;
     const Param* const own_biases = bias + int64_t(vector) * kVec;
     const auto fill_bias = [&](int k, uint32_t at) {
-      if (bias && valid(last - vector, k)) B::fill(at, own_biases + k * kWarp * kVec);
+      if (bias && valid(k)) B::fill(at, own_biases + k * kWarp * kVec);
     };
 #pragma unroll 1
     for (int k = 0; k < kBiasSlots; k++) {
@@ -166,24 +151,18 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     int next_it = 0;
     auto next_row = own.at(0);
     F next_frame(cols, next_row);
-    int next_limit = limit_in(next_frame);
     const X* next = x + offset_of(next_frame, next_row);
     const auto fill = [&](int k, uint32_t at) {
-      if (next_it < own.count) {
-        const bool held = valid(next_limit, k);
+      if (next_it < own.count && valid(k)) {
         const X* const from = next + k * kWarp * kVec;
-        // Of sorted rows, one may have a vector less than the one whose slots it takes.
-        if (kShifted) C::fill_by_l1(at, from, held, policy);
-        else if (held) C::fill(at, from, policy);
+        if constexpr (kShifted) C::fill_by_l1(at, from, policy);
+        else C::fill(at, from, policy);
       }
       copy_async_commit();
       if (k == kPer - 1) {
         next_it++;
         next_row = own.next(next_row);
-        if (own.starts_kind(next_row)) {
-          next_frame = F(cols, next_row);
-          next_limit = limit_in(next_frame);
-        }
+        if (own.starts_kind(next_row)) next_frame = F(cols, next_row);
         next = x + offset_of(next_frame, next_row);
       }
     };
@@ -191,40 +170,25 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
 #pragma unroll 1
     for (int k = 0; at < end; k = k == kPer - 1 ? 0 : k + 1) {
       // Only a slot of a giant row is another k's in the next.
-      if (!kGiant && !kShifted && !valid(next_limit, k)) C::clear(at);
+      if (!kGiant && !valid(k)) C::clear(at);
       fill(k, at);
       at += C::kChunk;
     }
 
-    // Of the row that is being summed.
-    auto sum_row = own.at(0);
-    int sum_limit = 0;
     OwnSums<kVec> sums;
-    Acc own_count = 0, inv_own = 0, inv_warp = 0;
-    const auto count = [&]() {
-      const F frame(cols, sum_row);
-      sum_limit = limit_in(frame);
-      int columns = 0;
+    int columns = 0;
 #pragma unroll
-      for (int k = 0; k < kPer; k++)
-        if (valid(sum_limit, k)) columns += kVec;
-      own_count = columns;
-      inv_own = inverse(max(columns, 1));
-      inv_warp = inverse(max(columns_of(frame, warp), 1));
-    };
-    count();
+    for (int k = 0; k < kPer; k++)
+      if (valid(k)) columns += kVec;
+    const Acc own_count = columns, inv_own = inverse(max(columns, 1)), inv_warp = inverse(max(columns_of(warp), 1));
     uint32_t sum_at = begin, out_at = begin;
     const auto add_ahead = [&](int it, int k) {
       copy_async_wait<kSlots - kLead>();
       if (it < own.count) {
-        if (!kGiant || valid(sum_limit, k)) sums.add(C::read(sum_at), k == 0, valid(sum_limit, k), remove_mean);
+        if (!kGiant || valid(k)) sums.add(C::read(sum_at), k == 0, valid(k), remove_mean);
         else if (k == 0) sums = {};
         advance(sum_at);
-        if (k == kPer - 1) {
-          mail.leave(it, warp, sums.merge(own_count, inv_own, inv_warp, remove_mean));
-          sum_row = own.next(sum_row);
-          if (own.starts_kind(sum_row)) count();
-        }
+        if (k == kPer - 1) mail.leave(it, warp, sums.merge(own_count, inv_own, inv_warp, remove_mean));
       }
     };
 #pragma unroll 1
@@ -240,12 +204,11 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
 #pragma unroll 1
     do {
       const F frame(cols, out_row);
-      const int limit = limit_in(frame);
       Vec<Param, kVec> w[kPer], b[kBiasSlots ? 1 : kPer];
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
-        w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid(limit, k));
-        if constexpr (!kBiasSlots) b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(limit, k));
+        w[k] = load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid(k));
+        if constexpr (!kBiasSlots) b[k] = load_param_of(frame, bias, vector + k * kWarp, 0, valid(k));
       }
       const int stop = own.end_of_kind(it, out_row);
 #pragma unroll 1
@@ -264,8 +227,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
           Acc f[kVec];
 #pragma unroll
           for (int i = 0; i < kVec; i++) f[i] = n.xhat(v[i]) * weight_of(w[k][i], weight_offset) + own_bias[i];
-          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k), policy);
-          else store<X, kVec>(out + k * kWarp * kVec, f, valid(limit, k));
+          if constexpr (kGiant) store<X, kVec>(out + k * kWarp * kVec, f, valid(k), policy);
+          else store<X, kVec>(out + k * kWarp * kVec, f, valid(k));
           if constexpr (kBiasSlots) {
             fill_bias((k + kBiasSlots) % kPer, bias_at);
             bias_at += B::kChunk;

@@ -55,72 +55,81 @@ template <int kPer> __device__ __forceinline__ Part merge_parts(const Part (&par
 }
 
 // A row as whole vectors of memory, which compute warps hold. Where rows do not start on 16 bytes but their tensor does, less than kVec of
-// its columns come before them, and less than twice as many behind: `outer`, which lanes of one warp hold, one each. kVec - 1 of those behind, as
-// load_skewed_if reads them.
+// its columns come before them, and kVec - 1 or more behind, as load_skewed_if reads them: `outer`, which lanes of one warp hold, one each. There
+// are equally many vectors in all rows.
 template <int kVec, bool kShifted> struct Frame {
-  // Columns, those before the first vector, and vectors.
-  int cols, head, vectors;
+  static_assert(!kShifted || kVec == kWide, "vectors of 16 bytes");
+  // Vectors of a row, and columns before the first.
+  int vectors, head = 0;
 
-  __device__ __forceinline__ Frame(int cols, int64_t row) : cols(cols), head(0) {
+  __device__ __forceinline__ Frame(int cols, int64_t row) : vectors(vectors_of(cols)) {
     if constexpr (kShifted) head = min(int(kVec - uint32_t(row) * uint32_t(cols) % kVec) % kVec, cols);
-    vectors = uint32_t(max(cols - head - (kShifted ? kVec - 1 : 0), 0)) / kVec;
   }
-  // Of a row with the most.
-  __device__ __forceinline__ static int most_vectors(int cols) { return uint32_t(cols) / kVec; }
-  // Columns in vectors [begin, end).
-  __device__ __forceinline__ int count(int begin, int end) const { return max(0, min(end, vectors) - begin) * kVec; }
+  __device__ __forceinline__ static int vectors_of(int cols) { return kShifted ? shifted_vectors(cols) : uint32_t(cols) / kVec; }
   // The first of a vector.
   __device__ __forceinline__ int column(int vector) const { return head + vector * kVec; }
-  // How many are outer, and the lane's.
-  __device__ __forceinline__ int outer_columns() const { return cols - vectors * kVec; }
+  // How many columns are outer, and the lane's.
+  __device__ __forceinline__ static int outer_columns(int cols) { return cols - vectors_of(cols) * kVec; }
   __device__ __forceinline__ int outer(int lane) const { return lane < head ? lane : lane + vectors * kVec; }
 };
 
-// The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those that start equally far from 16 bytes one
-// after another, so that weight and sums change their frame as seldom as can be: rows are numbered by `row % step`, then by row,
-// and an owner has consecutive ones.
+// The rows of one of `owners`, in order. Elsewhere every owners-th; where they are sorted, those of one kind, which start equally far from
+// 16 bytes, one after another, and kinds by how many columns come before the first vector, so that weight and sums change their frame as seldom
+// and by as little as can be. An owner has consecutive ones. Rows of a kind are `step` apart, a power of 2, and the first rows of the
+// kinds are below that: `turn` from one to the next, modulo step. Each kind has `each` rows, or one more: `longer`, a bit for each.
 template <bool kSorted> struct RowIndex { using Type = int64_t; };
 // Rows that blocks share are long, and so fewer than 2^31.
 template <> struct RowIndex<true> { using Type = int; };
 template <bool kSorted> struct Rows {
   using Row = typename RowIndex<kSorted>::Type;
-  Row rows, begin, step;
-  int count;
+  Row rows, begin, step, turn;
+  int count, each;
+  unsigned longer;
 
   template <int kVec> __device__ __forceinline__ static Rows of(int64_t rows, int cols, int owner, int owners) {
     if constexpr (!kSorted) {
-      return {rows, owner, owners, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0};
+      return {rows, owner, owners, 0, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0, 0, 0};
     } else {
-      const int begin = int(rows * owner / owners);
-      return {int(rows), begin, kVec / min(kVec, cols & -cols), int(rows * (owner + 1) / owners) - begin};
+      const int begin = int(rows * owner / owners), apart = min(kVec, cols & -cols), step = kVec / apart;
+      // -row * cols is the head, modulo kVec, and an odd number its own inverse modulo 8.
+      const int turn = -(cols / apart) & (step - 1);
+      unsigned longer = 0;
+#pragma unroll
+      for (int kind = 0; kind < kWide; kind++) longer |= unsigned((kind * turn & (step - 1)) < rows % step) << kind;
+      return {int(rows), begin, step, turn, int(rows * (owner + 1) / owners) - begin, int(rows) / step, longer};
     }
   }
   __device__ __forceinline__ Row at(int it) const {
     if constexpr (!kSorted) {
       return begin + it * step;
     } else {
-      // Of `more` kinds there is one row more than of the others.
-      const int place = begin + it, each = rows / step, more = rows % step, in_more = more * (each + 1);
-      const int kind = place < in_more ? place / (each + 1) : more + (place - in_more) / each;
-      return kind + step * (place - kind * each - min(kind, more));
+      const int place = begin + it;
+      int kind = 0;
+#pragma unroll
+      for (int next = 1; next < kWide; next++) kind += next < step && before_kind(next) <= place;
+      return (kind * turn & (step - 1)) + step * (place - before_kind(kind));
     }
   }
   // The row `its` iterations after.
   __device__ __forceinline__ Row next(Row row, int its = 1) const {
     for (int i = 0; i < its; i++) {
       row += step;
-      // The first of the next kind; step is a power of 2.
-      if (kSorted && row >= rows) row = (row & (step - 1)) + 1;
+      // The first of the next kind, of those that have rows.
+      if constexpr (kSorted)
+        while (row >= rows) row = (row + turn) & (step - 1);
     }
     return row;
   }
-  // Among its kinds; and whether it is the first row of its kind but not of all.
-  __device__ __forceinline__ int kind_of(Row row) const { return kSorted ? int(row & (step - 1)) : 0; }
+  // Whether it is the first row of its kind but not of all.
   __device__ __forceinline__ bool starts_kind(Row row) const { return kSorted && row < step && row > 0; }
   // The end of the iterations with rows of the same kind as `row`, that of iteration it.
   __device__ __forceinline__ int end_of_kind(int it, Row row) const {
     return kSorted ? min(count, it + int((rows - 1 - row) / step) + 1) : count;
   }
+
+ private:
+  // How many there are of the kinds before.
+  __device__ __forceinline__ int before_kind(int kind) const { return kind * each + __popc(longer & ((1u << kind) - 1)); }
 };
 
 // The part of a row that a block owns: whole chunks of 32 vectors, contiguous, fewer or none in the last blocks.
@@ -185,6 +194,23 @@ __device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame
 #pragma unroll
     for (int i = 0; i < kVec; i++) out[frame.column(vector) + i] = f[i];
   }
+}
+
+// Moves a thread's sums over rows to the frame of rows that start `by` columns later: vectors begin so much later, and each takes over from the next
+// of its chunk. What no vector of its chunk has any more goes to `edges`, those of the warp's chunks. By all lanes of a warp.
+template <int kVec, int kPer>
+__device__ __forceinline__ void move_sums(Acc (&f)[kPer][kVec], int head, int by, const bool (&valid)[kPer], Acc* edges) {
+  const bool first = edges && threadIdx.x % kWarp == 0, last = threadIdx.x % kWarp == kWarp - 1;
+#pragma unroll 1
+  for (int i = head; i < head + by; i++)
+#pragma unroll
+    for (int k = 0; k < kPer; k++) {
+      if (first && valid[k]) edges[k * kVec + i] = f[k][0];
+      const Acc next = __shfl_down_sync(kFull, f[k][0], 1);
+#pragma unroll
+      for (int j = 0; j < kVec - 1; j++) f[k][j] = f[k][j + 1];
+      f[k][kVec - 1] = last ? Acc(0) : next;
+    }
 }
 
 // The blocks that share rows, and which of the grid's owners of rows they are.
@@ -256,6 +282,7 @@ template <int kVec, int kTensors> struct Chunks {
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
   __device__ __forceinline__ static void fill(uint32_t at, const X* from, uint64_t policy) { copy_async<kBytes>(at, from, policy); }
   // The same of vectors that eight lanes may not have in four sectors: L1 has the fifth for the next eight.
+  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, uint64_t policy) { copy_async_by_l1<kBytes>(at, from, policy); }
   __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, bool valid, uint64_t policy) {
     copy_async_by_l1<kBytes>(at, from, valid, policy);
   }
@@ -332,6 +359,8 @@ template <int kVec> struct OwnSums {
 // Backward, a row's outer columns, one a lane: as Columns. Nothing where there are none.
 template <int kVec, bool kShifted> struct OuterColumns {
   Columns<1, 1> own;
+  // Sums of the column behind the last vector that the lane had before one before the first.
+  Pair left = {0, 0};
   // Of the row that is next, on their way.
   Vec<X, 1> x_ahead, dy_ahead;
   // Of the row at hand.
@@ -341,31 +370,38 @@ template <int kVec, bool kShifted> struct OuterColumns {
 
   using F = Frame<kVec, kShifted>;
 
-  // Of rows in `frame`, from here on.
-  __device__ __forceinline__ void start(const F& frame, bool here, const Param* weight, Acc weight_offset) {
+  // Of rows in `frame`, the first. `valid`: whether the lane has a column.
+  __device__ __forceinline__ void start(const F& frame, bool valid, const Param* weight, Acc weight_offset) {
     if constexpr (kShifted) {
-      const int lane = threadIdx.x % kWarp;
-      column = frame.outer(lane);
-      has = here && lane < frame.outer_columns();
+      column = frame.outer(threadIdx.x % kWarp);
+      has = valid;
+      own.start(0, load_weight<1>(weight, column, weight_offset, has));
+    }
+  }
+  // The same, from here on, of rows that start later.
+  __device__ __forceinline__ void go_on(const F& frame, const Param* weight, Acc weight_offset) {
+    if constexpr (kShifted) {
+      const int now = frame.outer(threadIdx.x % kWarp);
+      if (now == column) return;
+      left = {own.dweight[0][0], own.dbias[0][0]};
+      column = now;
       own.start(0, load_weight<1>(weight, column, weight_offset, has));
     }
   }
   // Asks for a row, which starts at `at`.
-  __device__ __forceinline__ void load(const F& frame, bool here, const X* xs, const X* dys, int64_t at) {
+  __device__ __forceinline__ void load(const F& frame, bool valid, const X* xs, const X* dys, int64_t at) {
     if constexpr (kShifted) {
-      const int lane = threadIdx.x % kWarp;
-      const bool valid = here && lane < frame.outer_columns();
-      x_ahead = load_vec<X, 1>(xs + at + frame.outer(lane), valid);
-      dy_ahead = load_vec<X, 1>(dys + at + frame.outer(lane), valid);
+      const int64_t from = at + frame.outer(threadIdx.x % kWarp);
+      x_ahead = load_vec<X, 1>(xs + from, valid);
+      dy_ahead = load_vec<X, 1>(dys + from, valid);
     }
   }
   // Has L2 get a row that is asked for later.
-  __device__ __forceinline__ static void prefetch(const F& frame, bool here, const X* xs, const X* dys, int64_t at) {
+  __device__ __forceinline__ static void prefetch(const F& frame, bool valid, const X* xs, const X* dys, int64_t at) {
     if constexpr (kShifted) {
-      const int lane = threadIdx.x % kWarp;
-      const bool valid = here && lane < frame.outer_columns();
-      prefetch_if(xs + at + frame.outer(lane), valid);
-      prefetch_if(dys + at + frame.outer(lane), valid);
+      const int64_t from = at + frame.outer(threadIdx.x % kWarp);
+      prefetch_if(xs + from, valid);
+      prefetch_if(dys + from, valid);
     }
   }
   // Adds the row that was asked for.
@@ -382,21 +418,29 @@ template <int kVec, bool kShifted> struct OuterColumns {
   // Of all kWarps warps that have rows, the first gets the sums, added in order.
   template <int kWarps> __device__ __forceinline__ void add_up(int warp) {
     if constexpr (kWarps > 1) {
-      __shared__ Pair parts[kWarps][kWarp];
+      __shared__ Pair parts[kWarps][kWarp], parts_left[kWarps][kVec];
       const int lane = threadIdx.x % kWarp;
       parts[warp][lane] = {own.dweight[0][0], own.dbias[0][0]};
+      if (lane < kVec) parts_left[warp][lane] = left;
       communication_sync<kWarps>();
-      Pair sum = {0, 0};
+      Pair sum = {0, 0}, sum_left = {0, 0};
 #pragma unroll
-      for (int w = 0; w < kWarps; w++) sum = sum + parts[w][lane];
+      for (int w = 0; w < kWarps; w++) {
+        sum = sum + parts[w][lane];
+        sum_left = sum_left + parts_left[w][lane % kVec];
+      }
       own.dweight[0][0] = sum.a;
       own.dbias[0][0] = sum.b;
-      communication_sync<kWarps>();
+      left = sum_left;
     }
   }
   __device__ __forceinline__ void store_sums(Acc* out, bool bias) const {
     if constexpr (kShifted)
       if (has) out[column] = bias ? own.dbias[0][0] : own.dweight[0][0];
+  }
+  __device__ __forceinline__ void store_left(Acc* edges, const Edges& places, bool bias) const {
+    const int lane = threadIdx.x % kWarp;
+    if (lane < kVec) edges[places.behind() + lane] = bias ? left.b : left.a;
   }
 };
 

@@ -97,6 +97,8 @@ pub struct Backward {
     pub teams: usize,
     /// Partial rows of dweight and of dbias.
     pub parts: usize,
+    /// Sums behind each of them, in columns that moved out of reach of who had them (`Edges` of common.cuh).
+    pub edges: usize,
     /// In order; two in the split regime.
     pub launches: Vec<Launch>,
     /// Adds the parts.
@@ -1145,14 +1147,15 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Partial rows of dweight and of dbias that owners leave: where blocks share rows, one more for each change of shift.
-    fn parts(&self, kernel: &Kernel, owners: usize) -> usize {
-        match kernel.regime {
-            Regime::Cluster | Regime::Grid => {
-                owners + self.period(kernel).min(self.problem.rows) - 1
-            }
-            _ => owners,
+    /// Sums behind a partial row of dweight or of dbias, of an owner whose rows start in several ways: `Edges::count` of common.cuh.
+    fn edges(&self, kernel: &Kernel) -> usize {
+        let shared = matches!(kernel.regime, Regime::Cluster | Regime::Grid);
+        if !shared || kernel.access != Access::Shifted || self.problem.rows == 1 {
+            return 0;
         }
+        let vector = vector(self.problem, kernel.access);
+        let vectors = self.problem.cols.saturating_sub(2 * (vector - 1)) / vector;
+        (vectors.div_ceil(WARP) + 1) * vector
     }
 
     /// A persistent launch, and how many owners of rows it has, teams not counted.
@@ -1234,7 +1237,7 @@ impl<'a> Planner<'a> {
 
     fn backward(&self, kernel: &Kernel, choice: &Choice) -> Result<Backward> {
         let (problem, Choice { warps, blocks, .. }) = (self.problem, *choice);
-        let mut teams = 1;
+        let (mut teams, mut edges) = (1, 0);
         let (parts, launches) = match kernel.regime {
             Regime::Warp => {
                 let launch = self.warp_ring(kernel, warps)?;
@@ -1244,8 +1247,9 @@ impl<'a> Planner<'a> {
                 if kernel.regime == Regime::Block {
                     teams = self.teams(kernel, warps);
                 }
+                edges = self.edges(kernel);
                 let (launch, owners) = self.ring(kernel, choice, teams)?;
-                (self.parts(kernel, owners), vec![launch])
+                (owners, vec![launch])
             }
             Regime::Strips => {
                 let lanes = warps * WARP;
@@ -1282,6 +1286,7 @@ impl<'a> Planner<'a> {
             blocks,
             teams,
             parts,
+            edges,
             launches,
             finalize,
         })
@@ -1770,7 +1775,9 @@ mod tests {
         let plan = planner(p, access, device, 2)
             .backward(kernel, choice)
             .unwrap();
-        assert!(plan.parts >= 1 && plan.parts < p.rows + 8, "{plan:?}");
+        assert!(plan.parts >= 1 && plan.parts <= p.rows, "{plan:?}");
+        // Of each chunk of 32 vectors, the columns that a vector more has.
+        assert!(plan.edges <= p.cols / WARP + 32, "{plan:?}");
         for launch in &plan.launches {
             check(launch, kernel, p, plan.blocks, plan.teams, device);
         }

@@ -685,7 +685,7 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
         let param = |wanted: bool| wanted.then(|| call.alloc(cols)).transpose();
         let partial = |wanted: bool| {
             (wanted && in_parts(problem, plan))
-                .then(|| call.alloc(plan.parts * plan::part_step(problem)))
+                .then(|| call.alloc(plan.parts * (plan::part_step(problem) + plan.edges)))
                 .transpose()
         };
         Ok(Self {
@@ -716,7 +716,7 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
 /// Whether dweight and dbias are left in parts: not where the kernel has all rows in one, and writes them in their own dtype.
 fn in_parts(problem: &Problem, plan: &plan::Backward) -> bool {
     let rounds = matches!(plan.regime, Regime::Split | Regime::Strips);
-    plan.parts > 1 || !(rounds || problem.param_dtype == problem.stats_dtype())
+    plan.parts > 1 || plan.edges > 0 || !(rounds || problem.param_dtype == problem.stats_dtype())
 }
 
 fn planned_backward<T: Element, P: Element>(
@@ -792,7 +792,7 @@ fn gradients<T: Element, P: Element>(
             args.i32(plan.teams);
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
             // and `teams`, which only the kernels of backward_ring.cu read. dx, dresidual and dsum are [rows, cols], the parts are
-            // [plan.parts, part_step(cols)], of Acc; where they are not in_parts, dweight and dbias are [cols] of P, which backward_strips.cu takes and is
+            // [plan.parts, part_step(cols) + plan.edges], of Acc; where they are not in_parts, dweight and dbias are [cols] of P, which backward_strips.cu takes and is
             // Acc elsewhere; x, dy, weight, mean and rstd have the shapes of the forward pass.
             unsafe { call.launch(args, launch)? };
         }
@@ -852,7 +852,8 @@ fn gradients<T: Element, P: Element>(
     args.input(dbias_part.as_ref());
     args.i32(plan.parts);
     args.i32(cols);
-    // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, part_step(cols)], parts, cols).
+    args.bool(plan.edges > 0);
+    // SAFETY: finalize(dweight [cols], dbias [cols], dweight_part, dbias_part [parts, part_step(cols) + edges], parts, cols, has_edges).
     unsafe { call.launch(args, &plan.finalize) }
 }
 
