@@ -201,12 +201,12 @@ fn bases() -> Result<Vec<u32>, String> {
     let both = vec![80, 90];
     match env::var("CANDLE_FUSED_LAYER_NORM_PTX") {
         Ok(all) if all == "all" => return Ok(both),
-        Ok(other) => {
+        Ok(other) if !other.is_empty() => {
             return Err(format!(
                 "CANDLE_FUSED_LAYER_NORM_PTX: expected `all` or nothing, got `{other}`"
             ));
         }
-        Err(_) => {}
+        _ => {}
     }
     let Ok(cap) = env::var("CUDA_COMPUTE_CAP") else {
         return Ok(both);
@@ -223,11 +223,11 @@ fn bases() -> Result<Vec<u32>, String> {
 /// Whether all lanes arrive on barriers, as compute-sanitizer's racecheck can follow.
 fn racecheck() -> Result<bool, String> {
     match env::var("CANDLE_FUSED_LAYER_NORM_RACECHECK") {
-        Err(_) => Ok(false),
         Ok(one) if one == "1" => Ok(true),
-        Ok(other) => Err(format!(
+        Ok(other) if !other.is_empty() => Err(format!(
             "CANDLE_FUSED_LAYER_NORM_RACECHECK: expected `1` or nothing, got `{other}`"
         )),
+        _ => Ok(false),
     }
 }
 

@@ -277,9 +277,9 @@ __device__ __forceinline__ int part_step(int cols) {
 // Whole vectors of each of rows that do not start on 16 bytes: less than kWide columns come before them, kWide - 1 or more behind.
 __device__ __forceinline__ int shifted_vectors(int cols) { return uint32_t(max(cols - 2 * (kWide - 1), 0)) / kWide; }
 
-// Sums over rows that start in several ways, and that blocks share: as an owner goes on from some of its rows to those that start later, the sums of
-// a row's outer columns, of which there are equally many, and of a chunk's first columns, move out of reach of who had them, and another goes on from 0. They
-// stay here, behind the row of partial sums: kWide places for each chunk of 32 vectors, and behind these for the columns behind the last vector.
+// Sums over rows that start in several ways, and that blocks share. Where an owner goes on to rows with more columns before the first vector, the
+// first columns of a chunk of 32 vectors, and of those behind the last vector, are another's, who goes on from 0. What was summed of them stays
+// here, behind the owner's row of partial sums: kWide places for each chunk, and as many for the columns behind the last vector.
 struct Edges {
   static constexpr int kChunk = kWarp * kWide;
   int vectors;

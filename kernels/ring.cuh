@@ -196,8 +196,9 @@ __device__ __forceinline__ void store_columns(const Frame<kVec, kShifted>& frame
   }
 }
 
-// Moves a thread's sums over rows to the frame of rows that start `by` columns later: vectors begin so much later, and each takes over from the next
-// of its chunk. What no vector of its chunk has any more goes to `edges`, those of the warp's chunks. By all lanes of a warp.
+// Moves a thread's sums over rows to the frame of rows with `by` columns more before the first vector, of which there were `head`: each vector is so
+// many columns further on, and takes over what the next of its chunk had. What no vector of its chunk has any more goes to `edges`, those of
+// the warp's chunks. By all lanes of a warp.
 template <int kVec, int kPer>
 __device__ __forceinline__ void move_sums(Acc (&f)[kPer][kVec], int head, int by, const bool (&valid)[kPer], Acc* edges) {
   const bool first = edges && threadIdx.x % kWarp == 0, last = threadIdx.x % kWarp == kWarp - 1;
@@ -359,7 +360,7 @@ template <int kVec> struct OwnSums {
 // Backward, a row's outer columns, one a lane: as Columns. Nothing where there are none.
 template <int kVec, bool kShifted> struct OuterColumns {
   Columns<1, 1> own;
-  // Sums of the column behind the last vector that the lane had before one before the first.
+  // Sums of the column behind the last vector that the lane had until it got one before the first.
   Pair left = {0, 0};
   // Of the row that is next, on their way.
   Vec<X, 1> x_ahead, dy_ahead;
@@ -378,7 +379,7 @@ template <int kVec, bool kShifted> struct OuterColumns {
       own.start(0, load_weight<1>(weight, column, weight_offset, has));
     }
   }
-  // The same, from here on, of rows that start later.
+  // The same, from here on, of rows with as many columns or more before the first vector.
   __device__ __forceinline__ void go_on(const F& frame, const Param* weight, Acc weight_offset) {
     if constexpr (kShifted) {
       const int now = frame.outer(threadIdx.x % kWarp);

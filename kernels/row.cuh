@@ -39,8 +39,8 @@ struct BackwardAdd {};
 #define FORWARD_TAKES FORWARD_BASE, const ForwardAdd &added
 #define FORWARD_PASS y, mean, rstd, x, weight, bias, rows, cols, eps, remove_mean, weight_offset FORWARD_ADD_PASS
 #define BACKWARD_BASE                                                                                                  \
-  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols], rows part_step apart */,                          \
-      Acc *__restrict__ dbias_part /* [owners, cols], rows part_step apart */, const X *__restrict__ x /* [rows, cols] */,                   \
+  X *__restrict__ dx /* [rows, cols] */, Acc *__restrict__ dweight_part /* [owners, cols], rows part_step, and any Edges, apart */,          \
+      Acc *__restrict__ dbias_part /* as dweight_part */,                       const X *__restrict__ x /* [rows, cols] */,                   \
       const X *__restrict__ dy /* [rows, cols] */, const Param *__restrict__ weight /* [cols] */,                      \
       const Acc *__restrict__ mean /* [rows] */, const Acc *__restrict__ rstd /* [rows] */, int64_t rows, int cols,    \
       int remove_mean, Acc weight_offset

@@ -4,9 +4,9 @@ use candle_core::{Result, bail};
 
 /// Dropout of the elements of a tensor: each is set to 0 with `probability`, and multiplied by `1 / (1 - probability)` otherwise.
 ///
-/// The random numbers are those of Philox4x32-10 with key `seed` and the element's index as counter, on every device: the
-/// same seed drops the same elements, on the CPU and on CUDA, forward and backward, and no mask is kept. Take another seed
-/// for each call.
+/// The random numbers are those of Philox4x32-10 with key `seed`: element i takes word i % 4 of counter i / 4, and is dropped where
+/// that is below `probability * 2^32`. So the same seed drops the same elements on every device, forward and backward, and
+/// no mask is kept. Take another seed for each call.
 ///
 /// Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting" (2014); Salmon et al.,
 /// "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).

@@ -5,7 +5,7 @@
 //! unless [`tuning`] holds a choice -> allocation -> launch. mean and rstd stay in the op value when something is tracked.
 //!
 //! Backward: candle calls `bwd` -> which of dx, dweight, dbias are wanted -> plan -> one launch (two for rows longer than
-//! the resident blocks hold), and one that adds partial dweight and dbias -> tensors.
+//! the resident blocks hold), and one that adds partial dweight and dbias, where there are any -> tensors.
 //!
 //! The norm of a residual sum has two outputs, and candle's ops one: `add` says of which nodes it is made.
 #![deny(missing_docs)]

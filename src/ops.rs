@@ -9,7 +9,8 @@
 //! | `weight`, `bias` | `normalized_shape`: one or more trailing dims of `xs` | that of `xs`, or f32 beside f16 and bf16 |
 //! | result | that of `xs` | that of `xs`, or the one asked of [`normalize_to_dtype`] |
 //!
-//! Statistics and sums are f32, f64 for f64. The variance is biased and computed in two passes about the mean.
+//! Statistics and sums are f32, f64 for f64. The variance is biased, and taken about the mean or a value near
+//! it, never as the difference of two large sums.
 //!
 //! # Special values
 //! Each row is on its own: what is in one shows in no other row of the result, nor of the gradient of `xs`. Gradients of

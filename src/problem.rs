@@ -99,17 +99,15 @@ impl Problem {
                 )
             }
         }
-        // Of dims that are not zero: beside a zero the product is none, and yet rows or cols may overflow.
+        // Of dims that are not zero: beside a zero the product is none, and yet rows or cols may overflow, or their statistics.
         let size = xs.dims().iter().filter(|&&dim| dim > 0);
         if size
             .copied()
-            .try_fold(xs.dtype().size_in_bytes(), usize::checked_mul)
-            .is_none_or(|bytes| isize::try_from(bytes).is_err())
+            .try_fold(1, usize::checked_mul)
+            .is_none_or(|elements| elements > MAX_ELEMENTS)
         {
             bail!(
-                "{op}: xs: expected a tensor of at most {} bytes, got {} of shape {:?}",
-                isize::MAX,
-                xs.dtype().as_str(),
+                "{op}: xs: expected dims of at most {MAX_ELEMENTS} elements, those of 0 not counted, got {:?}",
                 xs.dims()
             )
         }
@@ -163,6 +161,9 @@ impl Problem {
         self.rows == 0 || self.cols == 0
     }
 }
+
+/// Of the dims of xs that are not 0: 16 bytes, as two f64 statistics have, of as many do not overflow an `isize`.
+const MAX_ELEMENTS: usize = isize::MAX as usize / 16;
 
 /// Which gradients a backward pass computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,8 @@
 //! A call takes the file's choice for its direction, dtypes, alignment to 16 bytes and columns, from the entry whose rows are
 //! nearest, if they are within a factor of 2 of the call's. Without such an entry, or if its choice cannot hold the call's rows,
 //! the built-in plan runs. Another choice may sum in another order: results differ within the crate's accuracy, and stay the
-//! same from run to run with the same file.
+//! same from run to run with the same file. The norm of a residual sum, where one kernel does both, has one plan, and does not look at
+//! the file.
 //!
 //! # The file
 //! JSON, with times in microseconds, which are for the reader:
@@ -46,7 +47,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// before; empty is as unset.
 pub const VARIABLE: &str = "CANDLE_FUSED_LAYER_NORM_TUNING";
 
-/// Uses a tuning file for all CUDA calls of the process from now on, in place of any loaded before.
+/// Uses a tuning file for the process's CUDA calls from now on, in place of any loaded before.
 ///
 /// No device is needed: that the file was measured on the device's GPU is checked by each call. An error leaves what was loaded
 /// before; [the module](self) says what is refused.

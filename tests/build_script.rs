@@ -211,6 +211,14 @@ fn bases_are_those_asked_for() -> Result<()> {
     for (variables, bases) in [
         (&[][..], [true, true]),
         (&[("CUDA_COMPUTE_CAP", "8.9")], [true, false]),
+        (
+            &[
+                ("CUDA_COMPUTE_CAP", "8.9"),
+                ("CANDLE_FUSED_LAYER_NORM_PTX", ""),
+                ("CANDLE_FUSED_LAYER_NORM_RACECHECK", ""),
+            ],
+            [true, false],
+        ),
         (&[("CUDA_COMPUTE_CAP", "120")], [false, true]),
         (
             &[

@@ -315,13 +315,15 @@ const TABLE: &[Bad] = {
         Call, Eps(f64::NAN), "eps: expected a finite number >= 0, got NaN";
         Call, Eps(f64::INFINITY), "eps: expected a finite number >= 0, got inf";
         Call, Eps(f64::NEG_INFINITY), "eps: expected a finite number >= 0, got -inf";
-        // sizes that overflow: the bytes, the elements, and the elements of an empty tensor's rows
+        // sizes that overflow: the bytes, the elements, the elements of an empty tensor's rows, and the statistics of its rows
         Call, Broadcast { xs: &[1 << 59, 4], params: &[4] },
-            "xs: expected a tensor of at most 9223372036854775807 bytes, got f32 of shape [576460752303423488, 4]";
+            "xs: expected dims of at most 576460752303423487 elements, those of 0 not counted, got [576460752303423488, 4]";
         Call, Broadcast { xs: &[1 << 40, 1 << 40], params: &[1 << 40] },
-            "xs: expected a tensor of at most 9223372036854775807 bytes, got f32 of shape [1099511627776, 1099511627776]";
+            "xs: expected dims of at most 576460752303423487 elements, those of 0 not counted, got [1099511627776, 1099511627776]";
         Call, Broadcast { xs: &[0, 1 << 40, 1 << 40], params: &[1 << 40, 1 << 40] },
-            "xs: expected a tensor of at most 9223372036854775807 bytes, got f32 of shape [0, 1099511627776, 1099511627776]";
+            "xs: expected dims of at most 576460752303423487 elements, those of 0 not counted, got [0, 1099511627776, 1099511627776]";
+        Call, Broadcast { xs: &[1 << 60, 0], params: &[0] },
+            "xs: expected dims of at most 576460752303423487 elements, those of 0 not counted, got [1152921504606846976, 0]";
     }
 };
 

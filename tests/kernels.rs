@@ -22,8 +22,9 @@ const ALIGNED: [[usize; 2]; 8] = [
     [9, 8192],
     [9, 20480],
 ];
-// Rows of these start in eight ways, in four, or, being so few, in three of eight.
-const UNALIGNED: [[usize; 2]; 10] = [
+// In halves, rows of these start in eight ways, in four (12 x 4002), or, being so few, in three of eight (3 x 20003). Of 70 x 9001, a block of a
+// cluster owns several, and a warp several chunks.
+const UNALIGNED: [[usize; 2]; 11] = [
     [40, 31],
     [70, 65],
     [40, 203],
@@ -34,6 +35,7 @@ const UNALIGNED: [[usize; 2]; 10] = [
     [9, 20001],
     [12, 4002],
     [3, 20003],
+    [70, 9001],
 ];
 
 /// More than every device with clusters takes. synccheck fails at it, the other tools do not (kernels/README.md): tests of their own.

@@ -780,6 +780,7 @@ where
                         }
                     }
                 }
+                finish(streams);
             },
         );
     }

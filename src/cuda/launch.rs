@@ -1,4 +1,4 @@
-//! Launching a planned kernel: all of this backend's `unsafe` but the allocation of outputs.
+//! Launching a planned kernel, whose arguments the caller vouches for.
 
 use super::ptx;
 use crate::plan::{DeviceFacts, Launch};

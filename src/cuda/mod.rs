@@ -129,7 +129,7 @@ impl<'a> Call<'a> {
 
     /// Uninitialised memory.
     fn alloc<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
-        // SAFETY: the caller launches a kernel that writes all of it before anything reads it on the same stream.
+        // SAFETY: the caller launches a kernel that writes whatever of it is read later on the same stream.
         unsafe { self.device.alloc(len) }
     }
 
