@@ -71,15 +71,13 @@ fn more_than_2_to_the_31_elements_on_cuda() -> Result<()> {
     Ok(())
 }
 
-#[test]
-#[ignore = "on the CPU, and needs about 17 GiB of memory; a minute on two cores"]
-fn more_than_2_to_the_32_elements_on_the_cpu() -> Result<()> {
+/// Forward alone: backward has three such tensors more.
+fn more_than_2_to_the_32_elements(device: &Device) -> Result<()> {
     let times = (1usize << 32) / (PATTERN_ROWS * COLS) + 1;
     let case = Case::random(Kind::LayerNorm, Dtypes::BF16_F32, &[PATTERN_ROWS, COLS], 1);
     let want = case.oracle().y();
-    let (weight, bias) = (case.weight(&Device::Cpu)?, case.bias(&Device::Cpu)?);
-    // Forward alone: backward has three such tensors more.
-    let xs = case.xs(&Device::Cpu)?.repeat((times, 1))?;
+    let (weight, bias) = (case.weight(device)?, case.bias(device)?);
+    let xs = case.xs(device)?.repeat((times, 1))?;
     let y = case.apply(&xs, weight.as_ref(), bias.as_ref())?;
     for at in [0, times / 2, times - 2, times - 1] {
         let rows = y.narrow(0, at * PATTERN_ROWS, PATTERN_ROWS)?;
@@ -88,13 +86,20 @@ fn more_than_2_to_the_32_elements_on_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// A row of more than 2^31 columns: on the CPU there is no limit. All elements are 0 but the last, so that y is known, and the mean a small
-/// number that f32 has.
 #[test]
-#[ignore = "on the CPU, and needs about 17 GiB of memory; half a minute on two cores"]
-fn a_row_of_more_than_2_to_the_31_columns_on_the_cpu() -> Result<()> {
-    let cols = (1usize << 31) + 3;
-    let device = &Device::Cpu;
+#[ignore = "on the CPU, and needs about 17 GiB of memory; a minute on two cores"]
+fn more_than_2_to_the_32_elements_on_the_cpu() -> Result<()> {
+    more_than_2_to_the_32_elements(&Device::Cpu)
+}
+
+#[test]
+#[ignore = "on CUDA alone, and needs about 25 GiB of its memory"]
+fn more_than_2_to_the_32_elements_on_cuda() -> Result<()> {
+    cuda_devices().try_for_each(more_than_2_to_the_32_elements)
+}
+
+/// One row. All elements are 0 but the last, so that y is known, and the mean a small number that f32 has.
+fn one_row(device: &Device, cols: usize) -> Result<()> {
     let zeros = Tensor::zeros(cols - 1, DType::BF16, device)?;
     let last = Tensor::ones(1, DType::BF16, device)?;
     let xs = Tensor::cat(&[zeros, last], 0)?;
@@ -113,4 +118,17 @@ fn a_row_of_more_than_2_to_the_31_columns_on_the_cpu() -> Result<()> {
     let got = at(cols - 1)?;
     assert!((got / root - 1.).abs() < 0.01, "the last y: {got}");
     Ok(())
+}
+
+/// On the CPU there is no limit.
+#[test]
+#[ignore = "on the CPU, and needs about 17 GiB of memory; half a minute on two cores"]
+fn a_row_of_more_than_2_to_the_31_columns_on_the_cpu() -> Result<()> {
+    one_row(&Device::Cpu, (1 << 31) + 3)
+}
+
+#[test]
+#[ignore = "on CUDA alone, and needs about 13 GiB of its memory"]
+fn a_row_of_the_most_columns_on_cuda() -> Result<()> {
+    cuda_devices().try_for_each(|device| one_row(device, (1 << 31) - 1))
 }
