@@ -861,7 +861,7 @@ impl<'a> Planner<'a> {
                 let idle = warps - self.warps_of_row(kernel, 1);
                 let fits = warps <= most
                     && (kernel.small || idle == 0)
-                    && (kernel.slots == 0 || self.owners(kernel, warps, 1, 1).is_some());
+                    && self.owners(kernel, warps, 1, 1).is_some();
                 if fits { choice(warps, 1) } else { None }
             }
             Regime::Cluster => [2, 4, 8, 16]
@@ -1117,6 +1117,10 @@ impl<'a> Planner<'a> {
 
     /// Owners of rows that are resident at once, teams not counted; none if blocks or teams would have rows of several shifts.
     fn owners(&self, kernel: &Kernel, warps: usize, blocks: usize, teams: usize) -> Option<usize> {
+        // Without a ring, a block takes rows once.
+        if kernel.slots == 0 {
+            return Some(self.problem.rows);
+        }
         let resident = match kernel.regime {
             Regime::Grid => self.device.multiprocessors / blocks,
             // Blocks of few warps share a multiprocessor.
@@ -1495,7 +1499,7 @@ mod tests {
         base: 90,
         ..RTX_4090
     };
-    /// The smallest of an architecture that the crate serves: 8 multiprocessors are those of an Orin.
+    /// A GPU of few multiprocessors; an Orin has 8.
     const SMALL: DeviceFacts = DeviceFacts {
         multiprocessors: 6,
         l2: 1 << 20,
