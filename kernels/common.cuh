@@ -159,18 +159,50 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
   }
 }
 
+// How long L2 keeps what is loaded, copied or stored. x and dy, though read once, are to be evicted last: tensors that L2 does not hold pass
+// to 5% faster so (README.md, "What L2 keeps").
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t p;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t p;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+
+// As these, and the compiler keeps such loads in the order of the program. Others it moves behind the first use of those before them, if their
+// own use is far: a warp then waits for memory twice.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_in_order(const T* p, bool valid, uint64_t policy) {
+  Vec<T, kVec> r;
+  static_assert(sizeof(r) % 16 == 0, "whole 16-byte parts");
+#pragma unroll
+  for (int i = 0; i < int(sizeof(r) / 16); i++) {
+    uint4& u = reinterpret_cast<uint4*>(&r)[i];
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.relaxed.cta.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
+                 : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(reinterpret_cast<const uint4*>(p) + i), "r"(uint32_t(valid)), "l"(policy));
+  }
+  return r;
+}
+
 // How far p is past 16 bytes, in bytes.
 __device__ __forceinline__ uint32_t skew_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) % 16; }
 // As load_vec_if, of a vector that need not start on 16 bytes, from the aligned ones that it spans: kVec - 1 elements behind it can be
-// read. kSkewWords: skew_of(p) / 4, which moves no words then, or -1 if it is not known.
-template <typename T, int kVec, int kSkewWords> __device__ __forceinline__ Vec<T, kVec> load_skewed_if(const T* p, bool valid) {
+// read. kSkewWords: skew_of(p) / 4, which moves no words then, or -1 if it is not known. kInOrder: as load_vec_in_order.
+template <typename T, int kVec, int kSkewWords, bool kInOrder = false> __device__ __forceinline__ Vec<T, kVec> load_skewed_if(const T* p, bool valid) {
   constexpr int kWords = int(sizeof(Vec<T, kVec>)) / 4;
   const uint32_t skew = skew_of(p);
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(reinterpret_cast<uintptr_t>(p) - skew);
   uint32_t w[kWords + 4];
 #pragma unroll
-  for (int i = 0; i < kWords + 4; i += 4)
-    reinterpret_cast<Vec<uint32_t, 4>&>(w[i]) = load_vec_if<uint32_t, 4>(from + i, valid && (i < kWords || skew));
+  for (int i = 0; i < kWords + 4; i += 4) {
+    Vec<uint32_t, 4>& v = reinterpret_cast<Vec<uint32_t, 4>&>(w[i]);
+    const bool spanned = valid && (i < kWords || skew);
+    if constexpr (kInOrder) v = load_vec_in_order<uint32_t, 4>(from + i, spanned, evict_last());
+    else v = load_vec_if<uint32_t, 4>(from + i, spanned);
+  }
   if constexpr (kSkewWords < 0) {
 #pragma unroll
     for (int i = 0; i < kWords + 2; i++) w[i] = skew & 8 ? w[i + 2] : w[i];
@@ -188,6 +220,25 @@ template <typename T, int kVec, int kSkewWords> __device__ __forceinline__ Vec<T
   for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(&r)[i] = w[i];
   return r;
 }
+
+// A vector that starts kSkip elements past 16 bytes, as the aligned ones that it spans: no instruction moves what is in them. Loaded in order.
+template <typename T, int kVec, int kSkip> struct SkippedVec {
+  static constexpr int kVectors = int(sizeof(T)) * kVec / 16 + (kSkip > 0);
+  Vec<uint32_t, 4> spanned[kVectors];
+
+  __device__ __forceinline__ static SkippedVec load(const T* p, bool valid) {
+    SkippedVec r;
+#pragma unroll
+    for (int i = 0; i < kVectors; i++)
+      r.spanned[i] = load_vec_in_order<uint32_t, 4>(reinterpret_cast<const uint32_t*>(p - kSkip) + 4 * i, valid, evict_last());
+    return r;
+  }
+  __device__ __forceinline__ Acc operator[](int i) const {
+    static_assert(sizeof(T) == 2, "half precision");
+    const uint32_t w = reinterpret_cast<const uint32_t*>(spanned)[(kSkip + i) / 2];
+    return (kSkip + i) % 2 ? Two<T>::high(w) : Two<T>::low(w);
+  }
+};
 
 // The vector at column c of a weight or bias that may be absent.
 template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_param(const Param* p, int c, float absent, bool valid = true) {
@@ -218,19 +269,6 @@ template <int kVec> __device__ __forceinline__ Vec<Param, kVec> load_weight(cons
 
 __device__ __forceinline__ void prefetch_if(const void* p, bool valid) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"(uint32_t(valid)));
-}
-
-// How long L2 keeps what is loaded, copied or stored. x and dy, though read once, are to be evicted last: tensors that L2 does not hold pass
-// to 5% faster so (README.md, "What L2 keeps").
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t p;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
-  return p;
-}
-__device__ __forceinline__ uint64_t evict_last() {
-  uint64_t p;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
-  return p;
 }
 
 // Stores y or dx. A predicated store keeps vectors that may not be valid in one basic block, where their latencies overlap.

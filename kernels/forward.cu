@@ -5,7 +5,7 @@
 // Algorithm     Each thread loads its kPer vectors of kRows rows. The sum of the first vectors gives a center near the row's mean, then the sums
 //               of (x - center) and (x - center)^2 its mean and variance (two-pass, corrected for how far off the center is). Lanes meet
 //               in shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
-//               weight and bias come from L1 or L2, once for the kRows rows; in small kernels they are asked for with x.
+//               weight and bias come from L1 or L2, once for the kRows rows; in small kernels they are asked for before x.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
 // Launch        forward_warp_{wide,shifted,single,add}_LxPxR: block 128, L lanes for R rows, cols / kVec <= L * P, grid rows / R * L / 128;
 //               shifted, R > 1: L lanes for each of kVec rows of every R * kVec.
@@ -19,28 +19,39 @@
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
 //               sample variance" (1983).
 #include "row.cuh"
-#include <type_traits>
 
 constexpr int kWarpRowThreads = 128;
 
-// Where weight and bias start: on 16 bytes, or so many words past them, or anywhere.
-constexpr int kAligned = -2, kAnywhere = -1;
+// Where weight and bias start: on 16 bytes; kWords words past them, or less than a word more, or anywhere; kSkip elements past them.
+struct Aligned {
+  template <int kVec> __device__ __forceinline__ static auto load(const Param* p, bool valid) { return load_vec_if<Param, kVec>(p, valid); }
+};
+constexpr int kAnywhere = -1;
+template <bool kInOrder> struct SkewedBy {
+  template <int kWords> struct Start {
+    template <int kVec> __device__ __forceinline__ static auto load(const Param* p, bool valid) {
+      return load_skewed_if<Param, kVec, kWords, kInOrder>(p, valid);
+    }
+  };
+};
+template <int kSkip> struct Skipped {
+  template <int kVec> __device__ __forceinline__ static auto load(const Param* p, bool valid) { return SkippedVec<Param, kVec, kSkip>::load(p, valid); }
+};
+
 // kPlain: a weight that is there, and not centred at 0. Rows are y_step elements apart.
-template <bool kPlain, int kSkewWords, int kVec, int kPer, int kRows>
+template <bool kPlain, typename Start, int kVec, int kPer, int kRows>
 __device__ __forceinline__ void write_vectors(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, int64_t y_step,
                                               const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
-  const auto load = [](const Param* p, bool valid) {
-    if constexpr (kSkewWords == kAligned) return load_vec_if<Param, kVec>(p, valid);
-    else return load_skewed_if<Param, kVec, kSkewWords>(p, valid);
+  const auto load = [](const Param* p, bool valid) { return Start::template load<kVec>(p, valid); };
+  const auto load_weight = [&](int c, bool valid) {
+    if constexpr (kPlain) return load(weight + c, valid);
+    else return with_offset<kVec>(weight ? load(weight + c, valid) : filled<Param, kVec>(1), weight_offset);
   };
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     const int c = (k * threads + t) * kVec;
     const bool valid = c < cols;
-    Vec<Param, kVec> w;
-    if constexpr (kPlain) w = load(weight + c, valid);
-    else w = with_offset<kVec>(weight ? load(weight + c, valid) : filled<Param, kVec>(1), weight_offset);
-    const Vec<Param, kVec> b = load(bias + c, valid && bias);
+    const auto w = load_weight(c, valid), b = load(bias + c, valid && bias);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       Acc f[kVec];
@@ -53,11 +64,18 @@ __device__ __forceinline__ void write_vectors(const Slice<kVec, kPer> (&slices)[
 template <bool kPlain, int kVec, int kPer, int kRows>
 __device__ __forceinline__ void write_rows_of(const Slice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y, const Param* weight,
                                               Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
-  write_vectors<kPlain, kAligned>(slices, n, y, cols, weight, weight_offset, bias, rows, t, threads, cols);
+  write_vectors<kPlain, Aligned>(slices, n, y, cols, weight, weight_offset, bias, rows, t, threads, cols);
 }
-template <bool kPlain, int kVec, int kPer, int kRows>
-__device__ __forceinline__ void write_rows_of(const ShiftedSlice<kVec, kPer> (&slices)[kRows], const Normalizer (&n)[kRows], X* y,
+// Calls f with Start<start>, kFirst <= start < kEnd.
+template <template <int> typename Start, int kFirst, int kEnd, typename F> __device__ __forceinline__ void with_start(int start, const F& f) {
+  if constexpr (kFirst + 1 == kEnd) f(Start<kFirst>());
+  else if (start == kFirst) f(Start<kFirst>());
+  else with_start<Start, kFirst + 1, kEnd>(start, f);
+}
+template <bool kPlain, int kVec, int kPer, WeightLoads kLoads, int kRows>
+__device__ __forceinline__ void write_rows_of(const ShiftedSlice<kVec, kPer, kLoads> (&slices)[kRows], const Normalizer (&n)[kRows], X* y,
                                               const Param* weight, Acc weight_offset, const Param* bias, int rows, int t, int threads, int cols) {
+  using Skewed = SkewedBy<kLoads != WeightLoads::kFree>;
   Slice<kVec, kPer> inner[kRows];
   Slice<1, 1> outer[kRows];
 #pragma unroll
@@ -65,24 +83,22 @@ __device__ __forceinline__ void write_rows_of(const ShiftedSlice<kVec, kPer> (&s
     inner[r] = slices[r].inner;
     outer[r] = slices[r].outer;
   }
-  const auto write = [&](auto where, const auto& parts, int from, int part_cols) {
-    write_vectors<kPlain, decltype(where)::value>(parts, n, y + from, int64_t(slices[0].kApart) * cols, weight ? weight + from : nullptr,
-                                                  weight_offset, bias ? bias + from : nullptr, rows, t, threads, part_cols);
+  const auto write = [&](auto start, const auto& parts, int from, int part_cols) {
+    write_vectors<kPlain, decltype(start)>(parts, n, y + from, int64_t(slices[0].kApart) * cols, weight ? weight + from : nullptr, weight_offset,
+                                           bias ? bias + from : nullptr, rows, t, threads, part_cols);
   };
-  const auto write_inner = [&](auto where) { write(where, inner, slices[0].head, slices[0].body); };
-  if (t < kWarp) write(std::integral_constant<int, kAligned>(), outer, slices[0].skip(t), cols - slices[0].body);
+  const auto write_inner = [&](auto start) { write(start, inner, slices[0].head, slices[0].body); };
+  if (t < kWarp) write(Aligned(), outer, slices[0].skip(t), cols - slices[0].body);
   if constexpr (kPlain) {
-    // The same for all of a row's vectors, and the row's own: few instructions of many, once that is known.
+    // The same for all of a row's vectors, and the row's own: few instructions of many, or none, once that is known.
     const uint32_t skew = skew_of(weight + slices[0].head);
     if (!bias || skew_of(bias + slices[0].head) == skew) {
-      if (skew < 4) write_inner(std::integral_constant<int, 0>());
-      else if (skew < 8) write_inner(std::integral_constant<int, 1>());
-      else if (skew < 12) write_inner(std::integral_constant<int, 2>());
-      else write_inner(std::integral_constant<int, 3>());
+      if constexpr (kLoads == WeightLoads::kEachSkip) with_start<Skipped, 0, kVec>(skew / sizeof(Param), write_inner);
+      else with_start<Skewed::template Start, 0, 4>(skew / 4, write_inner);
       return;
     }
   }
-  write_inner(std::integral_constant<int, kAnywhere>());
+  write_inner(typename Skewed::template Start<kAnywhere>());
 }
 // The Normalizers of kRows slices are ready: writes y, with weight and bias loaded once. What most weights do not need, the others pay:
 // an offset is one more instruction an element, to about 20.
@@ -93,20 +109,21 @@ __device__ __forceinline__ void write_rows(const Part (&slices)[kRows], const No
   else write_rows_of<false>(slices, n, y, weight, weight_offset, bias, rows, t, threads, cols);
 }
 
-// Small kernels: weight and bias of a thread's kPer vectors, asked for right behind x, so that a call that is over in one wave waits for
+// Small kernels: weight and bias of a thread's kPer vectors, asked for right before x, so that a call that is over in one wave waits for
 // memory once. 0: not so.
 template <int kPer> struct Affine {
   Vec<Param, kWide> w[kPer], b[kPer];
   __device__ __forceinline__ void load(const Param* weight, const Param* bias, int t, int threads, int cols) {
+    const int weight_cols = weight ? cols : 0, bias_cols = bias ? cols : 0;
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kWide;
-      w[k] = load_vec_if<Param, kWide>(weight + c, weight && c < cols);
-      b[k] = load_vec_if<Param, kWide>(bias + c, bias && c < cols);
+      w[k] = load_vec_in_order<Param, kWide>(weight + c, c < weight_cols, evict_last());
+      b[k] = load_vec_in_order<Param, kWide>(bias + c, c < bias_cols, evict_last());
     }
   }
   // `offset`: of a weight that is absent, and was loaded as 0, it is 1.
-  __device__ __forceinline__ void write(const Slice<kWide, kPer>& slice, const Normalizer& n, X* y, Acc offset, bool valid, int t, int threads,
+  __device__ __forceinline__ void write(const Slice<kWide, kPer, true>& slice, const Normalizer& n, X* y, Acc offset, bool valid, int t, int threads,
                                         int cols) const {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
@@ -155,13 +172,13 @@ template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ 
   const auto one_over = [](int n) { return kSmall ? near_inverse(n) : inverse(n); };
   const Acc inv_cols = one_over(cols);
   x += first * cols;
+  Affine<kSmall ? Part::kVectors : 0> affine;
+  affine.load(weight, bias, t, kLanes, cols);
   Part slices[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0, evict_last());
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, t, kLanes, r < own_rows ? cols : 0);
-  Affine<kSmall ? Part::kVectors : 0> affine;
-  affine.load(weight, bias, t, kLanes, cols);
   Acc centers[kRows];
   Pair sums[kRows];
 #pragma unroll
@@ -220,6 +237,8 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   constexpr int kRead = kExact ? 8 : 4;
   const Acc inv_cols = near_inverse(cols);
   x += first * cols;
+  Affine<kSmall ? Part::kVectors : 0> affine;
+  affine.load(weight, bias, threadIdx.x, threads, cols);
   Part slices[kRows];
   const auto load = [&](uint64_t policy) {
 #pragma unroll
@@ -228,8 +247,6 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   load(evict_last());
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, threadIdx.x, threads, r < own_rows ? cols : 0);
-  Affine<kSmall ? Part::kVectors : 0> affine;
-  affine.load(weight, bias, threadIdx.x, threads, cols);
   Acc centers[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) centers[r] = 0;
@@ -271,29 +288,35 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
 }
 
 #ifdef LN_SHIFTED
-template <int kVec, int kPer> using Part = ShiftedSlice<kVec, kPer>;
+// As measured (README.md, the log). Eight codes are too many for a multiprocessor's warps of different rows, not for its blocks.
+constexpr bool kOfHalves = sizeof(X) == 2 && sizeof(Param) == 2;
+template <int kVec, int kPer, int kRows>
+using WarpPart = ShiftedSlice<kVec, kPer, kRows == 1 || sizeof(X) == 2 ? WeightLoads::kInOrder : WeightLoads::kFree>;
+template <int kVec, int kPer, int kRows>
+using BlockPart = ShiftedSlice<kVec, kPer, (kRows > 1) ? WeightLoads::kFree : kOfHalves ? WeightLoads::kEachSkip : WeightLoads::kInOrder>;
 #else
-template <int kVec, int kPer> using Part = Slice<kVec, kPer>;
+template <int kVec, int kPer, int kRows> using WarpPart = Slice<kVec, kPer>;
+template <int kVec, int kPer, int kRows> using BlockPart = Slice<kVec, kPer>;
 #endif
 
 // `blocks` on a multiprocessor: as many as the registers of kPer vectors allow, with f32 weights beside halves one fewer.
 #define FORWARD_WARP(name, vec, lanes, per, rows, blocks)                                                              \
   extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks - (sizeof(Param) > sizeof(X)))                  \
       forward_warp_##name##_##lanes##x##per##x##rows(FORWARD_ARGUMENTS) {                                              \
-    forward_warp<Part<vec, per>, lanes, rows>(FORWARD_PASS);                                                                 \
+    forward_warp<WarpPart<vec, per, rows>, lanes, rows>(FORWARD_PASS);                                                 \
   }
 #define FORWARD_BLOCK(name, vec, per, rows, threads, blocks, loads)                                                    \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_##name##_##per##x##rows(FORWARD_ARGUMENTS) { \
-    forward_block<Part<vec, per>, rows, (threads > 512 ? 32 : threads > 256 ? 16 : threads > 128 ? 8 : 4), loads>(FORWARD_PASS); \
+    forward_block<BlockPart<vec, per, rows>, rows, (threads > 512 ? 32 : threads > 256 ? 16 : threads > 128 ? 8 : 4), loads>(FORWARD_PASS); \
   }
 // `blocks` on a multiprocessor, for any dtype of weight: a call of more takes the kernels above.
 #define FORWARD_WARP_SMALL(lanes, per, blocks)                                                                         \
   extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks) forward_warp_small_##lanes##x##per##x1(FORWARD_ARGUMENTS) { \
-    forward_warp<Slice<kWide, per>, lanes, 1, true>(FORWARD_PASS);                                                     \
+    forward_warp<Slice<kWide, per, true>, lanes, 1, true>(FORWARD_PASS);                                               \
   }
 #define FORWARD_BLOCK_SMALL(threads, per, blocks)                                                                      \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_small_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
-    forward_block<Slice<kWide, per>, 1, threads / kWarp, 1, true, true>(FORWARD_PASS);                                 \
+    forward_block<Slice<kWide, per, true>, 1, threads / kWarp, 1, true, true>(FORWARD_PASS);                           \
   }
 #define FORWARD_BLOCK_EXACT(threads, per, blocks)                                                                      \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_wide_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
@@ -320,8 +343,8 @@ FORWARD_BLOCK(single, 1, 16, 1, 512, 1, 1)
 #elif defined(LN_SHIFTED)
 #if LN_X_BYTES == 2
 #if LN_PARAM_BYTES == 2
-FORWARD_WARP(shifted, kWide, 32, 2, 2, 8)
-FORWARD_WARP(shifted, kWide, 32, 3, 2, 6)
+FORWARD_WARP(shifted, kWide, 32, 2, 2, 7)
+FORWARD_WARP(shifted, kWide, 32, 3, 2, 5)
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 7)
 FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
@@ -335,9 +358,9 @@ FORWARD_BLOCK(shifted, kWide, 4, 2, 128, 5, 1)
 #endif
 FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 512, 2, 2)
 #elif LN_X_BYTES == 4
-FORWARD_WARP(shifted, kWide, 32, 4, 1, 8)
+FORWARD_WARP(shifted, kWide, 32, 4, 1, 9)
 FORWARD_WARP(shifted, kWide, 32, 6, 2, 4)
-FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
+FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 5, 1)
 FORWARD_BLOCK(shifted, kWide, 6, 1, 512, 2, 1)
 FORWARD_BLOCK_MOST(shifted, kWide, 8, 512, 2, 1)
 #else

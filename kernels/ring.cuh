@@ -382,11 +382,9 @@ template <int kVec, bool kShifted> struct OuterColumns {
   // The same, from here on, of rows with as many columns or more before the first vector.
   __device__ __forceinline__ void go_on(const F& frame, const Param* weight, Acc weight_offset) {
     if constexpr (kShifted) {
-      const int now = frame.outer(threadIdx.x % kWarp);
-      if (now == column) return;
+      if (frame.outer(threadIdx.x % kWarp) == column) return;
       left = {own.dweight[0][0], own.dbias[0][0]};
-      column = now;
-      own.start(0, load_weight<1>(weight, column, weight_offset, has));
+      start(frame, has, weight, weight_offset);
     }
   }
   // Asks for a row, which starts at `at`.

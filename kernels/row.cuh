@@ -61,8 +61,8 @@ struct alignas(sizeof(Acc) * 2) Normalizer {
 __device__ __forceinline__ Acc median(Acc a, Acc b, Acc c) { return max(min(a, b), min(max(a, b), c)); }
 
 // kPer vectors of a row, a thread's own; those past the row are zero, and no sum counts them. No branches: they would keep loads and
-// arithmetic of different vectors apart.
-template <int kVec, int kPer> struct Slice {
+// arithmetic of different vectors apart. kInOrder: what is asked for before it is on its way when the first of these is used.
+template <int kVec, int kPer, bool kInOrder = false> struct Slice {
   static constexpr int kVectors = kPer;
   // The distance of rows that a thread may hold together.
   static constexpr int kApart = 1, kMostOuter = 0;
@@ -73,7 +73,8 @@ template <int kVec, int kPer> struct Slice {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
-      v[k] = load_vec_if<X, kVec>(row + c, c < cols, policy);
+      if constexpr (kInOrder) v[k] = load_vec_in_order<X, kVec>(row + c, c < cols, policy);
+      else v[k] = load_vec_if<X, kVec>(row + c, c < cols, policy);
     }
   }
   // x, which was loaded, becomes the sum with the residual, and the sum is stored. `at` is where the row starts in its tensor.
@@ -115,8 +116,10 @@ template <int kVec, int kPer> struct Slice {
 };
 
 // The same of a row that need not start on 16 bytes: whole vectors of memory, each followed by kVec - 1 elements of the row, and before and
-// behind them less than 3 * kVec elements, of which a thread has one.
-template <int kVec, int kPer> struct ShiftedSlice {
+// behind them less than 3 * kVec elements, of which a thread has one. Weight and bias, which start elsewhere, are loaded freely, or in order
+// (load_vec_in_order), or in order by code of its own for each element that they may start at.
+enum class WeightLoads { kFree, kInOrder, kEachSkip };
+template <int kVec, int kPer, WeightLoads kLoads> struct ShiftedSlice {
   static constexpr int kVectors = kPer;
   // Those that start equally far from 16 bytes.
   static constexpr int kApart = kVec, kMostOuter = 3 * (kVec - 1);
