@@ -18,6 +18,9 @@ using Acc = AccOf<X>::type;
 
 // Elements in a 16-byte vector of x; single kernels take vectors of 1.
 constexpr int kWide = 16 / sizeof(X);
+// The same where weights pass as often as x: of the wider. A lane's two vectors of f32 weights beside one of halves are 32 bytes apart from the next
+// lane's, and L1 moves twice as much for them.
+constexpr int kNarrow = 16 / (sizeof(Param) > sizeof(X) ? sizeof(Param) : sizeof(X));
 constexpr int kWarp = 32;
 constexpr unsigned kFull = 0xffffffffu;
 
@@ -145,17 +148,27 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
     return load_vec<T, kVec>(p, valid);
   }
 }
+// Loads r, of 16 or 8 bytes, from p by `op`, or zeros.
+#define LOAD_IF(op, r, p, valid, policy)                                                                               \
+  if constexpr (sizeof(r) == 16) {                                                                                     \
+    uint4& u = reinterpret_cast<uint4&>(r);                                                                            \
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"   \
+                 " @p " op ".v4.b32 {%0, %1, %2, %3}, [%4], %6; }"                                                     \
+                 : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(p), "r"(uint32_t(valid)), "l"(policy));        \
+  } else {                                                                                                             \
+    static_assert(sizeof(r) == 8, "16 or 8 bytes");                                                                    \
+    uint2& u = reinterpret_cast<uint2&>(r);                                                                            \
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p " op ".v2.b32 {%0, %1}, [%2], %4; }" \
+                 : "=&r"(u.x), "=&r"(u.y) : "l"(p), "r"(uint32_t(valid)), "l"(policy));                                \
+  }
 // The same with a policy.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid, uint64_t policy) {
-  Vec<T, kVec> r;
-  if constexpr (sizeof(r) == 16) {
-    uint4& u = reinterpret_cast<uint4&>(r);
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-                 " @p ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
-                 : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(p), "r"(uint32_t(valid)), "l"(policy));
-    return r;
+  if constexpr (kVec == 1) {
+    return load_vec<T, 1>(p, valid);
   } else {
-    return load_vec<T, kVec>(p, valid);
+    Vec<T, kVec> r;
+    LOAD_IF("ld.global.L2::cache_hint", r, p, valid, policy)
+    return r;
   }
 }
 
@@ -176,16 +189,10 @@ __device__ __forceinline__ uint64_t evict_last() {
 // own use is far: a warp then waits for memory twice.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_in_order(const T* p, bool valid, uint64_t policy) {
   Vec<T, kVec> r;
-  static_assert(sizeof(r) % 16 == 0, "whole 16-byte parts");
-#pragma unroll
-  for (int i = 0; i < int(sizeof(r) / 16); i++) {
-    uint4& u = reinterpret_cast<uint4*>(&r)[i];
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-                 " @p ld.relaxed.cta.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
-                 : "=&r"(u.x), "=&r"(u.y), "=&r"(u.z), "=&r"(u.w) : "l"(reinterpret_cast<const uint4*>(p) + i), "r"(uint32_t(valid)), "l"(policy));
-  }
+  LOAD_IF("ld.relaxed.cta.global.L2::cache_hint", r, p, valid, policy)
   return r;
 }
+#undef LOAD_IF
 
 // How far p is past 16 bytes, in bytes.
 __device__ __forceinline__ uint32_t skew_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) % 16; }
@@ -277,6 +284,9 @@ template <typename T, int kVec> __device__ __forceinline__ void store(T* p, cons
     const uint4& u = reinterpret_cast<const uint4&>(r);
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(p), "r"(u.x), "r"(u.y),
                  "r"(u.z), "r"(u.w), "r"(uint32_t(valid)));
+  } else if constexpr (sizeof(r) == 8 && kVec > 1) {
+    const uint2& u = reinterpret_cast<const uint2&>(r);
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(p), "r"(u.x), "r"(u.y), "r"(uint32_t(valid)));
   } else if (valid) {
     *reinterpret_cast<Vec<T, kVec>*>(p) = r;
   }

@@ -5,7 +5,8 @@
 // Algorithm     Each thread loads its kPer vectors of kRows rows. The sum of the first vectors gives a center near the row's mean, then the sums
 //               of (x - center) and (x - center)^2 its mean and variance (two-pass, corrected for how far off the center is). Lanes meet
 //               in shuffles, the warps of a block behind a barrier for each pass. x stays in registers, or is loaded again, from L1.
-//               weight and bias come from L1 or L2, once for the kRows rows; in small kernels they are asked for before x.
+//               weight and bias come from L1 or L2, once for the kRows rows; in small kernels they are asked for before x. Where they are
+//               wider than x, and rows aligned, a thread's P vectors are twice as many of 8 bytes.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once. weight and bias: once, if they stay in L2.
 // Launch        forward_warp_{wide,shifted,single,add}_LxPxR: block 128, L lanes for R rows, cols / kVec <= L * P, grid rows / R * L / 128;
 //               shifted, R > 1: L lanes for each of kVec rows of every R * kVec.
@@ -112,26 +113,26 @@ __device__ __forceinline__ void write_rows(const Part (&slices)[kRows], const No
 // Small kernels: weight and bias of a thread's kPer vectors, asked for right before x, so that a call that is over in one wave waits for
 // memory once. 0: not so.
 template <int kPer> struct Affine {
-  Vec<Param, kWide> w[kPer], b[kPer];
+  Vec<Param, kNarrow> w[kPer], b[kPer];
   __device__ __forceinline__ void load(const Param* weight, const Param* bias, int t, int threads, int cols) {
     const int weight_cols = weight ? cols : 0, bias_cols = bias ? cols : 0;
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
-      const int c = (k * threads + t) * kWide;
-      w[k] = load_vec_in_order<Param, kWide>(weight + c, c < weight_cols, evict_last());
-      b[k] = load_vec_in_order<Param, kWide>(bias + c, c < bias_cols, evict_last());
+      const int c = (k * threads + t) * kNarrow;
+      w[k] = load_vec_in_order<Param, kNarrow>(weight + c, c < weight_cols, evict_last());
+      b[k] = load_vec_in_order<Param, kNarrow>(bias + c, c < bias_cols, evict_last());
     }
   }
   // `offset`: of a weight that is absent, and was loaded as 0, it is 1.
-  __device__ __forceinline__ void write(const Slice<kWide, kPer, true>& slice, const Normalizer& n, X* y, Acc offset, bool valid, int t, int threads,
+  __device__ __forceinline__ void write(const Slice<kNarrow, kPer, true>& slice, const Normalizer& n, X* y, Acc offset, bool valid, int t, int threads,
                                         int cols) const {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
-      const int c = (k * threads + t) * kWide;
-      Acc f[kWide];
+      const int c = (k * threads + t) * kNarrow;
+      Acc f[kNarrow];
 #pragma unroll
-      for (int i = 0; i < kWide; i++) f[i] = n.xhat(slice.v[k][i]) * (w[k][i] + offset) + b[k][i];
-      store<X, kWide>(y + c, f, valid && c < cols);
+      for (int i = 0; i < kNarrow; i++) f[i] = n.xhat(slice.v[k][i]) * (w[k][i] + offset) + b[k][i];
+      store<X, kNarrow>(y + c, f, valid && c < cols);
     }
   }
 };
@@ -287,6 +288,9 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   else write_rows(slices, n, y + first * cols, weight, weight_offset, bias, own_rows, threadIdx.x, threads, cols);
 }
 
+// Where rows start on 16 bytes, kPer vectors of kVec elements are more of fewer where weights are wider.
+constexpr int narrow(int vec) { return vec > 1 ? kNarrow : 1; }
+template <int kVec, int kPer, bool kInOrder = false> using AlignedPart = Slice<narrow(kVec), kPer * kVec / narrow(kVec), kInOrder>;
 #ifdef LN_SHIFTED
 // As measured (README.md, the log). Eight codes are too many for a multiprocessor's warps of different rows, not for its blocks.
 constexpr bool kOfHalves = sizeof(X) == 2 && sizeof(Param) == 2;
@@ -295,8 +299,8 @@ using WarpPart = ShiftedSlice<kVec, kPer, kRows == 1 || sizeof(X) == 2 ? WeightL
 template <int kVec, int kPer, int kRows>
 using BlockPart = ShiftedSlice<kVec, kPer, (kRows > 1) ? WeightLoads::kFree : kOfHalves ? WeightLoads::kEachSkip : WeightLoads::kInOrder>;
 #else
-template <int kVec, int kPer, int kRows> using WarpPart = Slice<kVec, kPer>;
-template <int kVec, int kPer, int kRows> using BlockPart = Slice<kVec, kPer>;
+template <int kVec, int kPer, int kRows> using WarpPart = AlignedPart<kVec, kPer>;
+template <int kVec, int kPer, int kRows> using BlockPart = AlignedPart<kVec, kPer>;
 #endif
 
 // `blocks` on a multiprocessor: as many as the registers of kPer vectors allow, with f32 weights beside halves one fewer.
@@ -312,15 +316,15 @@ template <int kVec, int kPer, int kRows> using BlockPart = Slice<kVec, kPer>;
 // `blocks` on a multiprocessor, for any dtype of weight: a call of more takes the kernels above.
 #define FORWARD_WARP_SMALL(lanes, per, blocks)                                                                         \
   extern "C" __global__ void __launch_bounds__(kWarpRowThreads, blocks) forward_warp_small_##lanes##x##per##x1(FORWARD_ARGUMENTS) { \
-    forward_warp<Slice<kWide, per, true>, lanes, 1, true>(FORWARD_PASS);                                               \
+    forward_warp<AlignedPart<kWide, per, true>, lanes, 1, true>(FORWARD_PASS);                                         \
   }
 #define FORWARD_BLOCK_SMALL(threads, per, blocks)                                                                      \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_small_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
-    forward_block<Slice<kWide, per, true>, 1, threads / kWarp, 1, true, true>(FORWARD_PASS);                           \
+    forward_block<AlignedPart<kWide, per, true>, 1, threads / kWarp, 1, true, true>(FORWARD_PASS);                     \
   }
 #define FORWARD_BLOCK_EXACT(threads, per, blocks)                                                                      \
   extern "C" __global__ void __launch_bounds__(threads, blocks) forward_block_wide_##threads##x##per##x1(FORWARD_ARGUMENTS) { \
-    forward_block<Slice<kWide, per>, 1, threads / kWarp, 1, true>(FORWARD_PASS);                                       \
+    forward_block<AlignedPart<kWide, per>, 1, threads / kWarp, 1, true>(FORWARD_PASS);                                 \
   }
 
 // Without clusters, a block takes rows as long as it can, alone on its multiprocessor.
@@ -347,7 +351,6 @@ FORWARD_WARP(shifted, kWide, 32, 2, 2, 7)
 FORWARD_WARP(shifted, kWide, 32, 3, 2, 5)
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 7)
 FORWARD_BLOCK(shifted, kWide, 3, 1, 64, 16, 1)
-FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
 #else
 // f32 weights take registers, and most of what L1 gives: loaded once for two rows.
 FORWARD_WARP(shifted, kWide, 32, 2, 2, 6)
@@ -356,6 +359,7 @@ FORWARD_WARP(shifted, kWide, 32, 4, 2, 5)
 FORWARD_BLOCK(shifted, kWide, 3, 2, 64, 10, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 2, 128, 5, 1)
 #endif
+FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
 FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 512, 2, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 9)
@@ -403,14 +407,13 @@ FORWARD_BLOCK_SMALL(128, 4, 4)
 FORWARD_BLOCK_SMALL(256, 4, 2)
 #if LN_PARAM_BYTES == 2
 FORWARD_BLOCK(wide, kWide, 3, 1, 64, 14, 1)
+#else
+FORWARD_BLOCK(wide, kWide, 3, 2, 64, 10, 1)
+#endif
 FORWARD_BLOCK_EXACT(64, 4, 14)
 FORWARD_BLOCK_EXACT(128, 4, 7)
 FORWARD_BLOCK_EXACT(256, 4, 4)
 FORWARD_BLOCK(wide, kWide, 4, 1, 256, 4, 1)
-#else
-FORWARD_BLOCK(wide, kWide, 3, 2, 64, 10, 1)
-FORWARD_BLOCK(wide, kWide, 4, 2, 128, 5, 1)
-#endif
 FORWARD_BLOCK_MOST(twice, kWide, 4, 512, 3, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(wide, kWide, 4, 4, 1, 6)

@@ -90,14 +90,17 @@ template <int kVec, int kPer, bool kInOrder = false> struct Slice {
     }
 #endif
   }
-  // Of each thread's first vector, and how many columns these are.
+  // Of each thread's first 16 bytes, or first element, and how many columns these are.
+  static constexpr int kFirst = kVec > 1 ? kWide / kVec : 1;
   __device__ __forceinline__ Acc sum_of_first() const {
     Acc s = 0;
 #pragma unroll
-    for (int i = 0; i < kVec; i++) s += v[0][i];
+    for (int k = 0; k < kFirst; k++)
+#pragma unroll
+      for (int i = 0; i < kVec; i++) s += v[k][i];
     return s;
   }
-  __device__ __forceinline__ int columns_of_first(int threads, int cols) const { return min(cols, threads * kVec); }
+  __device__ __forceinline__ int columns_of_first(int threads, int cols) const { return min(cols, threads * kVec * kFirst); }
   // The sums of (x - center) and (x - center)^2.
   __device__ __forceinline__ Pair sums(Acc center, int t, int threads, int cols) const {
     Pair s = {0, 0};
