@@ -18,8 +18,8 @@ using Acc = AccOf<X>::type;
 
 // Elements in a 16-byte vector of x; single kernels take vectors of 1.
 constexpr int kWide = 16 / sizeof(X);
-// The same where weights pass as often as x: of the wider. A lane's two vectors of f32 weights beside one of halves are 32 bytes apart from the next
-// lane's, and L1 moves twice as much for them.
+// The same where weights pass as often as x: in a 16-byte vector of the wider of the two. Of f32 weights beside halves, a lane would have two vectors
+// beside each of x, 32 bytes from the next lane's, and L1 would move twice what it needs.
 constexpr int kNarrow = 16 / (sizeof(Param) > sizeof(X) ? sizeof(Param) : sizeof(X));
 constexpr int kWarp = 32;
 constexpr unsigned kFull = 0xffffffffu;

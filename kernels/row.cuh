@@ -61,7 +61,7 @@ struct alignas(sizeof(Acc) * 2) Normalizer {
 __device__ __forceinline__ Acc median(Acc a, Acc b, Acc c) { return max(min(a, b), min(max(a, b), c)); }
 
 // kPer vectors of a row, a thread's own; those past the row are zero, and no sum counts them. No branches: they would keep loads and
-// arithmetic of different vectors apart. kInOrder: what is asked for before it is on its way when the first of these is used.
+// arithmetic of different vectors apart. kInOrder: as load_vec_in_order, so that what the program asks for before is on its way by the first use.
 template <int kVec, int kPer, bool kInOrder = false> struct Slice {
   static constexpr int kVectors = kPer;
   // The distance of rows that a thread may hold together.

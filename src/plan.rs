@@ -358,9 +358,10 @@ const fn adds(file: &'static str, kernel: Kernel) -> Kernel {
 #[rustfmt::skip]
 const FORWARD: &[Kernel] = &[
     forward_warp("forward_warp_wide_4x4x1", Access::Wide, &[2, 4, 8], 4, 4, 1),
-    // Of one wave, weight and bias asked for right behind x, us with and without: f32 4096 x 128 5.8, 6.1; 2048 x 256 6.2, 6.1 (5.6, 6.2);
-    // 1024 x 512 6.0, 6.1; 2048 x 1024 8.5, 8.9; 256 x 2048 6.1, 6.3; 256 x 4096 7.3, 8.1. Halves 2048 x 256 5.5, 6.0; 2048 x 1024 7.3, 7.4;
-    // 512 x 2048 6.4, 7.1; 512 x 4096 7.1, 8.0; 256 x 8192 7.6, 8.1. Of more waves the registers are missed: 16384 x 4096 83, 71.
+    // Of one wave, us with kernels of their own and without: f32 4096 x 128 5.8, 6.1; 2048 x 256 6.2, 6.1 (5.6, 6.2); 1024 x 512 6.0, 6.1;
+    // 2048 x 1024 8.5, 8.9; 256 x 2048 6.1, 6.3; 256 x 4096 7.3, 8.1. Halves 2048 x 256 5.5, 6.0; 2048 x 1024 7.3, 7.4; 512 x 2048 6.4, 7.1;
+    // 512 x 4096 7.1, 8.0; 256 x 8192 7.6, 8.1. Of more waves the registers are missed: 16384 x 4096 83, 71. Weight and bias on their way with x,
+    // which ptxas had undone in warps: 2048 x 256 in f32 5.9 for 6.2, 2048 x 1024 in bf16 6.9 for 7.1, 512 x 768 5.2 for 5.4.
     small(forward_warp("forward_warp_small_16x2x1", Access::Wide, &[2], 16, 2, 1), 7),
     small(forward_warp("forward_warp_small_32x2x1", Access::Wide, &[2], 32, 2, 1), 7),
     small(forward_warp("forward_warp_small_32x3x1", Access::Wide, &[2], 32, 3, 1), 5),
@@ -404,16 +405,16 @@ const FORWARD: &[Kernel] = &[
     forward_block("forward_block_wide_8x1", Access::Wide, &[4], 8, 1, [32, 16]),
     forward_warp("forward_warp_single_4x8x1", Access::Single, &[2, 4, 8], 4, 8, 1),
     forward_warp("forward_warp_single_32x4x1", Access::Single, &[2, 4, 8], 32, 4, 1),
-    // Shares at columns that no vector divides. bf16: 513 78%, a row at a time 72%; 769 84%, 81% a row at a time.
+    // Shares at columns that no vector divides. bf16: 513 78%, a row at a time 72%; 769 81%, a row at a time 76%.
     forward_warp("forward_warp_shifted_32x2x2", Access::Shifted, &[2], 32, 2, 2),
     forward_warp("forward_warp_shifted_32x3x2", Access::Shifted, &[2], 32, 3, 2),
     of_halves(forward_warp("forward_warp_shifted_32x4x1", Access::Shifted, &[2], 32, 4, 1)),
     forward_warp("forward_warp_shifted_32x4x1", Access::Shifted, &[4, 8], 32, 4, 1),
-    // 1537 columns of bf16: 83%, with 4 vectors a thread 76%: of half the warps, half the vectors.
+    // 1537 columns of bf16: 84%, with 4 vectors a thread, before, 76%: of half the warps, half the vectors.
     of_halves(forward_block("forward_block_shifted_3x1", Access::Shifted, &[2], 3, 1, [2, 2])),
     // 769 columns of f32: 98%, in blocks 94%.
     forward_warp("forward_warp_shifted_32x6x2", Access::Shifted, &[4], 32, 6, 2),
-    // 4001 columns: bf16 85%, f32 99%. 8191 columns of bf16: 88%, x loaded twice 84%.
+    // 4001 columns: bf16 88%, f32 97%. 8191 columns of bf16, before: 88%, x loaded twice 84%.
     of_halves(forward_block("forward_block_shifted_4x1", Access::Shifted, &[2], 4, 1, [8, 8])),
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[4], 4, 1, [8, 8]),
     // f32 weights beside bf16, of 2 rows at a time and, in brackets, of one, us: 16384 x 1001 27.4 (31.8), x 1537 36 (42), 8192 x 4001 44.5 (54).
