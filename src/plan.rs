@@ -414,15 +414,12 @@ const FORWARD: &[Kernel] = &[
     of_halves(forward_block("forward_block_shifted_3x1", Access::Shifted, &[2], 3, 1, [2, 2])),
     // 769 columns of f32: 98%, in blocks 94%.
     forward_warp("forward_warp_shifted_32x6x2", Access::Shifted, &[4], 32, 6, 2),
-    // 4001 columns: bf16 88%, f32 97%. 8191 columns of bf16, before: 88%, x loaded twice 84%.
-    of_halves(forward_block("forward_block_shifted_4x1", Access::Shifted, &[2], 4, 1, [8, 8])),
-    forward_block("forward_block_shifted_4x1", Access::Shifted, &[4], 4, 1, [8, 8]),
     // f32 weights beside bf16, of 2 rows at a time and, in brackets, of one, us: 16384 x 1001 27.4 (31.8), x 1537 36 (42), 8192 x 4001 44.5 (54).
     of_f32(forward_warp("forward_warp_shifted_32x4x2", Access::Shifted, &[2], 32, 4, 2)),
     of_f32(forward_block("forward_block_shifted_3x2", Access::Shifted, &[2], 3, 2, [2, 2])),
     of_f32(forward_block("forward_block_shifted_4x2", Access::Shifted, &[2], 4, 2, [4, 4])),
-    // 8192 x 5121 60.3 us, x loaded twice 61.9.
-    of_f32(forward_block("forward_block_shifted_4x1", Access::Shifted, &[2], 4, 1, [8, 8])),
+    // 4001 columns: bf16 88%, f32 97%. 8191 columns of bf16, before: 88%, x loaded twice 84%; with f32 weights 8192 x 5121 60.3 us, twice 61.9.
+    forward_block("forward_block_shifted_4x1", Access::Shifted, &[2, 4], 4, 1, [8, 8]),
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[8], 4, 1, [32, 16]),
     // 2048 x 12289 in bf16: 35.4 us, in 4 vectors a thread of 512 41.8.
     forward_block("forward_block_shiftedtwice_6x1", Access::Shifted, &[2], 6, 1, [32, 16]),
