@@ -161,7 +161,7 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p " op ".v2.b32 {%0, %1}, [%2], %4; }" \
                  : "=&r"(u.x), "=&r"(u.y) : "l"(p), "r"(uint32_t(valid)), "l"(policy));                                \
   }
-// The same with a policy.
+// load_vec_if with a policy.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_if(const T* p, bool valid, uint64_t policy) {
   if constexpr (kVec == 1) {
     return load_vec<T, 1>(p, valid);
@@ -185,7 +185,7 @@ __device__ __forceinline__ uint64_t evict_last() {
   return p;
 }
 
-// As these, and the compiler keeps such loads in the order of the program. Others it moves behind the first use of those before them, if their
+// As load_vec_if, and the compiler keeps such loads in the order of the program. Others it moves behind the first use of those before them, if their
 // own use is far: a warp then waits for memory twice.
 template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec_in_order(const T* p, bool valid, uint64_t policy) {
   Vec<T, kVec> r;
