@@ -88,6 +88,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   const int64_t step = stride * cols;
   int64_t next = own_first * cols + frame.column(t), out = next;
   const uint64_t policy = evict_last();
+  const bool by_l1 = kShifted || C::template by_l1<1>(cols);
   const auto fill = [&](int it, uint32_t at) {
     if (it < iterations) {
 #pragma unroll
@@ -95,13 +96,8 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
         const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
         const int64_t from = next + k * kLanes * kVec;
         if (!valid[k]) continue;
-        if constexpr (kShifted) {
-          C::fill_by_l1(xs, x + from, it < own_iterations, policy);
-          C::fill_by_l1(dys, dy + from, it < own_iterations, policy);
-        } else {
-          C::fill(xs, x + from, it < own_iterations, policy);
-          C::fill(dys, dy + from, it < own_iterations, policy);
-        }
+        C::fill(xs, x + from, it < own_iterations, by_l1, policy);
+        C::fill(dys, dy + from, it < own_iterations, by_l1, policy);
       }
     }
     next += step;

@@ -493,17 +493,31 @@ template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t 
   asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0), "l"(policy)
                : "memory");
 }
-// As these, past L1 if it is 16 bytes.
-template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64_t policy) {
+// As these, past L1 if it is 16 bytes and not `by_l1`. Without a branch, behind which what a row waits for would start.
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, bool by_l1, uint64_t policy) {
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-  else copy_async_by_l1<kBytes>(to, from, policy);
-}
-template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, uint64_t policy) {
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0), "l"(policy) : "memory");
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3; "
+        "@!p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3; }" ::"r"(to), "l"(from), "r"(valid ? 16 : 0), "l"(policy),
+        "r"(uint32_t(by_l1))
+        : "memory");
   else copy_async_by_l1<kBytes>(to, from, valid, policy);
 }
+template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool by_l1, uint64_t policy) {
+  if constexpr (kBytes == 16)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 16, %2; "
+        "@!p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2; }" ::"r"(to), "l"(from), "l"(policy), "r"(uint32_t(by_l1))
+        : "memory");
+  else copy_async_by_l1<kBytes>(to, from, policy);
+}
+// Of the launch, in bytes.
+__device__ __forceinline__ uint32_t dynamic_shared() {
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

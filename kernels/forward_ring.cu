@@ -147,6 +147,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     }
 
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
+    const bool by_l1 = kShifted || (!kGiant && C::template by_l1<kPer>(cols));
     // Of the next chunk to be copied.
     int next_it = 0;
     auto next_row = own.at(0);
@@ -155,8 +156,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     const auto fill = [&](int k, uint32_t at) {
       if (next_it < own.count && valid(k)) {
         const X* const from = next + k * kWarp * kVec;
-        if constexpr (kShifted) C::fill_by_l1(at, from, policy);
-        else C::fill(at, from, policy);
+        C::fill(at, from, by_l1, policy);
       }
       copy_async_commit();
       if (k == kPer - 1) {

@@ -8,6 +8,10 @@
 #pragma once
 #include "row.cuh"
 
+constexpr int kSector = 32;  // bytes that L2 gives at once
+// Bytes of a ring that leave L1 room for what many vectors a thread have on their way.
+constexpr uint32_t kRoomyRing = 192 * 1024;
+
 // Who owns a row: a block, a cluster of blocks that reach each other's shared memory, or a group of blocks of the grid, all
 // resident at once, that meet in global memory.
 enum class Owner { Block, Cluster, Grid };
@@ -281,15 +285,15 @@ template <int kVec, int kTensors> struct Chunks {
   __device__ __forceinline__ static Vec<X, kVec> read(uint32_t at) { return load_shared<Vec<X, kVec>>(at); }
   // A slot that is never filled stays zero.
   __device__ __forceinline__ static void clear(uint32_t at) { store_shared(at, filled<X, kVec>(0), true); }
-  __device__ __forceinline__ static void fill(uint32_t at, const X* from, uint64_t policy) { copy_async<kBytes>(at, from, policy); }
-  // The same of vectors that eight lanes may not have in four sectors: L1 has the fifth for the next eight.
-  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, uint64_t policy) { copy_async_by_l1<kBytes>(at, from, policy); }
-  __device__ __forceinline__ static void fill_by_l1(uint32_t at, const X* from, bool valid, uint64_t policy) {
-    copy_async_by_l1<kBytes>(at, from, valid, policy);
+  // Whether copies of kPer vectors a thread go through L1: where rows do not all start on a sector, eight lanes' vectors lie in five, of which L1 has
+  // the fifth for the next eight.
+  template <int kPer> __device__ __forceinline__ static bool by_l1(int cols) {
+    return uint32_t(cols) * sizeof(X) % kSector != 0 && (kPer <= 4 || dynamic_shared() <= kRoomyRing);
   }
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool by_l1, uint64_t policy) { copy_async<kBytes>(at, from, by_l1, policy); }
   // Start a copy, or write zeros if not valid. A 2-byte element is more than cp.async can split: it is copied at once.
-  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid, uint64_t policy) {
-    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid, policy);
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, bool valid, bool by_l1, uint64_t policy) {
+    if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid, by_l1, policy);
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
 };
@@ -318,8 +322,7 @@ template <int kVec> struct Slots {
     for (int i = 0; i < kBytes / 16; i++) {
       const uint4* const part = reinterpret_cast<const uint4*>(from) + i;
       // Of vectors of more than 16 bytes, a copy takes half of each sector: L1 has the other half for the next.
-      if constexpr (kBytes > 16) copy_async_by_l1<16>(at + i * kPart, part, stays);
-      else copy_async<16>(at, part, stays);
+      copy_async<16>(at + i * kPart, part, kBytes > 16, stays);
     }
   }
 };
