@@ -360,7 +360,7 @@ FORWARD_BLOCK(shifted, kWide, 3, 2, 64, 10, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 2, 128, 5, 1)
 #endif
 FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
-FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 512, 2, 2)
+FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 256, 4, 2)
 #elif LN_X_BYTES == 4
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 9)
 FORWARD_WARP(shifted, kWide, 32, 6, 2, 4)

@@ -81,26 +81,28 @@ template <int kVec, bool kShifted> struct Frame {
 // 16 bytes, one after another, and kinds by how many columns come before the first vector, so that weight and sums change their frame as seldom
 // and by as little as can be. An owner has consecutive ones. Rows of a kind are `step` apart, a power of 2, and the first rows of the
 // kinds are below that: `turn` from one to the next, modulo step. Each kind has `each` rows, or one more: `longer`, a bit for each.
+// If every owners-th row starts alike, they are not: `turn` is 0.
 template <bool kSorted> struct RowIndex { using Type = int64_t; };
 // Rows that blocks share are long, and so fewer than 2^31.
 template <> struct RowIndex<true> { using Type = int; };
 template <bool kSorted> struct Rows {
   using Row = typename RowIndex<kSorted>::Type;
-  Row rows, begin, step, turn;
+  Row rows, first, begin, step, turn;
   int count, each;
   unsigned longer;
 
   template <int kVec> __device__ __forceinline__ static Rows of(int64_t rows, int cols, int owner, int owners) {
     if constexpr (!kSorted) {
-      return {rows, owner, owners, 0, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0, 0, 0};
+      return {rows, 0, owner, owners, 0, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0, 0, 0};
     } else {
       const int begin = int(rows * owner / owners), apart = min(kVec, cols & -cols), step = kVec / apart;
+      if (owners % step == 0) return {1 << 30, owner, 0, owners, 0, owner < rows ? (int(rows) - 1 - owner) / owners + 1 : 0, 1 << 27, 0};
       // -row * cols is the head, modulo kVec, and an odd number its own inverse modulo 8.
       const int turn = -(cols / apart) & (step - 1);
       unsigned longer = 0;
 #pragma unroll
       for (int kind = 0; kind < kWide; kind++) longer |= unsigned((kind * turn & (step - 1)) < rows % step) << kind;
-      return {int(rows), begin, step, turn, int(rows * (owner + 1) / owners) - begin, int(rows) / step, longer};
+      return {int(rows), 0, begin, step, turn, int(rows * (owner + 1) / owners) - begin, int(rows) / step, longer};
     }
   }
   __device__ __forceinline__ Row at(int it) const {
@@ -111,7 +113,7 @@ template <bool kSorted> struct Rows {
       int kind = 0;
 #pragma unroll
       for (int next = 1; next < kWide; next++) kind += next < step && before_kind(next) <= place;
-      return (kind * turn & (step - 1)) + step * (place - before_kind(kind));
+      return first + (kind * turn & (step - 1)) + step * (place - before_kind(kind));
     }
   }
   // The row `its` iterations after.

@@ -152,7 +152,8 @@ struct Kernel {
     exact: bool,
     /// Bytes of an element of weight and bias for which it exists.
     param_sizes: &'static [usize],
-    /// Blocks of a cluster for which it is meant, at most.
+    /// Blocks of a row for which it is meant, at least and at most.
+    least_blocks: usize,
     most_blocks: usize,
 }
 
@@ -176,6 +177,7 @@ const KERNEL: Kernel = Kernel {
     small: false,
     exact: false,
     param_sizes: &[2, 4, 8],
+    least_blocks: 0,
     most_blocks: usize::MAX,
 };
 
@@ -421,19 +423,23 @@ const FORWARD: &[Kernel] = &[
     // 4001 columns: bf16 88%, f32 97%. 8191 columns of bf16, before: 88%, x loaded twice 84%; with f32 weights 8192 x 5121 60.3 us, twice 61.9.
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[2, 4], 4, 1, [8, 8]),
     forward_block("forward_block_shifted_4x1", Access::Shifted, &[8], 4, 1, [32, 16]),
-    // 2048 x 12289 in bf16: 35.4 us, in 4 vectors a thread of 512 41.8.
-    forward_block("forward_block_shiftedtwice_6x1", Access::Shifted, &[2], 6, 1, [32, 16]),
+    // 2048 x 12289 in bf16: 35.4 us, in 4 vectors a thread of 512 41.8; x 20001 57, in clusters 53.
+    forward_block("forward_block_shiftedtwice_6x1", Access::Shifted, &[2], 6, 1, [32, 8]),
     // 12289 columns of f32: 92%, with 8 vectors a thread 85%.
     forward_block("forward_block_shifted_6x1", Access::Shifted, &[4], 6, 1, [16, 16]),
     forward_block("forward_block_shifted_8x1", Access::Shifted, &[4], 8, 1, [32, 16]),
-    ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[4], [4, 20, 1], [16, 16]),
+    // us, clusters and, in brackets, a grid: f32 1024 x 33001 83 (85), x 50257 119 (117), 512 x 75001 97 (90), x 100003 118 (115); bf16 2048 x 20001 53
+    // (58), 1024 x 33001 48 (52), x 50257 70 (67), 512 x 75001 59 (54), x 100003 69 (65); beside f32 1024 x 50257 92 (77), 512 x 100003 97 (74).
+    Kernel { most_blocks: 8, ..ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[4], [4, 16, 1], [16, 16]) },
     ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[4], [4, 24, 4], [12, 16]),
-    ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[8], [4, 20, 1], [15, 15]),
+    ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[8], [4, 16, 1], [15, 15]),
     ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[8], [4, 24, 4], [12, 12]),
-    of_halves(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [16, 16])),
+    Kernel { least_blocks: 4, ..of_halves(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 16])) },
+    of_halves(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 16, 1], [16, 16])),
     of_halves(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [12, 16])),
     // f32 weights take registers.
-    of_f32(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 20, 1], [11, 11])),
+    Kernel { least_blocks: 4, ..of_f32(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [8, 8])) },
+    of_f32(ring("forward_ring_shifted", "forward_cluster_shifted", Regime::Cluster, &[2], [4, 16, 1], [11, 11])),
     of_f32(ring("forward_ring_shifted", "forward_grid_shifted", Regime::Grid, &[2], [4, 24, 4], [8, 8])),
     forward_warp("forward_warp_single_32x8x1", Access::Single, &[2, 4, 8], 32, 8, 1),
     forward_warp("forward_warp_single_32x16x1", Access::Single, &[2, 4], 32, 16, 1),
@@ -487,7 +493,8 @@ const BACKWARD: &[Kernel] = &[
     Kernel { team_warps: 20, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[2], [2, 6, 1], [16, 16]) },
     Kernel { team_warps: 20, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[4], [2, 8, 1], [16, 16]) },
     Kernel { team_warps: 12, ..ring("backward_ring_shifted", "backward_block_shifted", Regime::Block, &[8], [4, 12, 1], [11, 11]) },
-    ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[2], [2, 12, 1], [15, 15]),
+    // bf16, us, clusters and, in brackets, a grid: 1024 x 50257 101 (102), 512 x 75001 88 (84), x 100003 106 (100).
+    Kernel { most_blocks: 8, ..ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[2], [2, 8, 1], [15, 15]) },
     ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[4], [4, 16, 1], [11, 11]),
     ring("backward_ring_shifted", "backward_cluster_shifted", Regime::Cluster, &[8], [4, 12, 1], [11, 11]),
     ring("backward_ring_shifted", "backward_grid_shifted", Regime::Grid, &[2], [2, 12, 4], [12, 16]),
@@ -879,17 +886,28 @@ impl<'a> Planner<'a> {
                     .vectors(kernel)
                     .div_ceil(most * WARP * kernel.per_thread)
                     .max(2);
-                let limit = self.device.multiprocessors.min(MAX_GROUP);
-                if least > limit {
+                let multiprocessors = self.device.multiprocessors;
+                let limit = multiprocessors.min(MAX_GROUP);
+                if least > limit || least < kernel.least_blocks {
                     return None;
                 }
-                // A group more would not fit: let the groups there are share all multiprocessors, if many were idle.
-                let groups = self.owners(kernel, most, least, 1)?;
-                let blocks = if groups * least * 10 >= self.device.multiprocessors * 9 {
-                    least
+                let most_groups = (multiprocessors / least).min(self.problem.rows);
+                // Groups whose rows all start alike change nothing, and are worth having fewer, of more blocks.
+                let whole = most_groups / self.period(kernel) * self.period(kernel);
+                let groups = if whole * 5 >= most_groups * 3 {
+                    whole
                 } else {
-                    (self.device.multiprocessors / groups).min(limit)
+                    most_groups
                 };
+                let widest = (multiprocessors / groups).min(limit);
+                // Equal parts on nine tenths of the multiprocessors, or all of these. us: 64 x 1000003 in bf16 89 forward and 153 backward with the
+                // fewest blocks, 82 and 146 with all; 128 x 1048576 in f32 backward 430 in 128 equal parts, 441 with all; 16 x 4194304 in bf16
+                // 78.4 in 128, 79.9 with the fewest and 79.8 with all.
+                let chunks = self.vectors(kernel).div_ceil(WARP);
+                let blocks = (least..=widest)
+                    .filter(|blocks| groups * blocks * 10 >= multiprocessors * 9)
+                    .find(|&blocks| chunks.is_multiple_of(blocks))
+                    .unwrap_or(widest);
                 choice(self.warps_for(kernel, blocks), blocks)
             }
             Regime::Strips => {
@@ -964,12 +982,14 @@ impl<'a> Planner<'a> {
     /// The candidates as plain choices, the built-in one first.
     fn choices(&self) -> Result<Vec<Choice>> {
         check_cols(self.problem)?;
-        let (_, default) = self.default()?;
-        let others = self.candidates().into_iter().map(|(_, choice)| choice);
-        Ok([default]
-            .into_iter()
-            .chain(others.filter(|&choice| choice != default))
-            .collect())
+        let mut choices = vec![self.default()?.1];
+        for (_, choice) in self.candidates() {
+            // A kernel may stand at several places of the table.
+            if !choices.contains(&choice) {
+                choices.push(choice);
+            }
+        }
+        Ok(choices)
     }
 
     /// Blocks across the columns in the split regime: each has vectors to read, and their number times the threads of a block
@@ -1140,20 +1160,26 @@ impl<'a> Planner<'a> {
         if resident >= rows {
             return Some(rows);
         }
-        let step = match kernel.regime {
-            Regime::Block => self.period(kernel) / gcd(self.period(kernel), teams),
-            _ => 1,
-        };
-        match resident / step * step {
-            0 => None,
-            owners => Some(owners),
+        let period = self.period(kernel);
+        match kernel.regime {
+            Regime::Block => {
+                let step = period / gcd(period, teams);
+                Some(resident / step * step).filter(|&owners| owners > 0)
+            }
+            // Owners whose rows all start alike change nothing: fewer of them, where they have no more rows for it.
+            _ => {
+                let alike = resident / period * period;
+                let no_more = alike > 0 && rows.div_ceil(alike) == rows.div_ceil(resident);
+                Some(if no_more { alike } else { resident })
+            }
         }
     }
 
     /// Sums behind a partial row of dweight or of dbias, of an owner whose rows start in several ways: `Edges::count` of common.cuh.
-    fn edges(&self, kernel: &Kernel) -> usize {
+    fn edges(&self, kernel: &Kernel, owners: usize) -> usize {
         let shared = matches!(kernel.regime, Regime::Cluster | Regime::Grid);
-        if !shared || kernel.access != Access::Shifted || self.problem.rows == 1 {
+        let alike = self.problem.rows == 1 || owners.is_multiple_of(self.period(kernel));
+        if !shared || kernel.access != Access::Shifted || alike {
             return 0;
         }
         let vector = vector(self.problem, kernel.access);
@@ -1255,8 +1281,8 @@ impl<'a> Planner<'a> {
                 if kernel.regime == Regime::Block {
                     teams = self.teams(kernel, warps);
                 }
-                edges = self.edges(kernel);
                 let (launch, owners) = self.ring(kernel, choice, teams)?;
+                edges = self.edges(kernel, owners);
                 (owners, vec![launch])
             }
             Regime::Strips => {
@@ -2155,7 +2181,7 @@ mod tests {
         let p = problem(64, 50257, DType::F16);
         let entry = |access| forward(&p, access, &H200, None).unwrap().launches[0].entry;
         assert_eq!(Access::of(&p, true, true), Access::Shifted);
-        assert_eq!(entry(Access::Shifted), "forward_cluster_shifted");
+        assert_eq!(entry(Access::Shifted), "forward_grid_shifted");
         // Nor does the tensor: no rows are a whole number of vectors apart.
         assert_eq!(Access::of(&p, false, true), Access::Single);
         assert_eq!(entry(Access::Single), "split_moments_single");
@@ -2194,14 +2220,51 @@ mod tests {
 
     #[test]
     fn a_group_that_leaves_many_multiprocessors_idle_grows() {
-        // 70 blocks would hold the row, and leave 62 of 132 idle.
+        // 70 blocks would hold the row, and leave 62 of 132 idle: 4480 chunks are equal parts for 128.
         let p = problem(64, 70 * 8192, DType::F32);
+        let plan = forward(&p, Access::Wide, &H200, None).unwrap();
+        assert_eq!((plan.regime, plan.blocks), (Regime::Grid, 128));
+        // Of 4481, there are none.
+        let p = problem(64, 70 * 8192 + 128, DType::F32);
         let plan = forward(&p, Access::Wide, &H200, None).unwrap();
         assert_eq!((plan.regime, plan.blocks), (Regime::Grid, 132));
         // 2 groups of 64 use 128.
         let p = problem(64, 64 * 8192, DType::F32);
         let plan = forward(&p, Access::Wide, &H200, None).unwrap();
         assert_eq!((plan.blocks, plan.launches[0].grid[0]), (64, 128));
+    }
+
+    #[test]
+    fn owners_of_unaligned_rows_keep_to_rows_that_start_alike() {
+        let owners = |rows, cols, dtype| {
+            let p = problem(rows, cols, dtype);
+            let plan = backward(&p, Access::Shifted, &H200, None).unwrap();
+            (plan.regime, plan.blocks, plan.parts, plan.edges > 0)
+        };
+        // 66 clusters of 2 would be resident, and the busiest of 64 has no more rows: 32.
+        assert_eq!(
+            owners(2048, 12289, DType::BF16),
+            (Regime::Cluster, 2, 64, false)
+        );
+        // Of these it would have, and so there are 15 of 8.
+        assert_eq!(
+            owners(1024, 50257, DType::BF16),
+            (Regime::Cluster, 8, 15, true)
+        );
+        // 10 groups of 13 blocks hold the rows, 8 of 16 without changes.
+        assert_eq!(
+            owners(512, 100003, DType::BF16),
+            (Regime::Grid, 16, 8, false)
+        );
+        assert_eq!(
+            owners(512, 100003, DType::F32),
+            (Regime::Grid, 16, 8, false)
+        );
+        // One group has all rows, and all multiprocessors.
+        assert_eq!(
+            owners(64, 1000003, DType::BF16),
+            (Regime::Grid, 132, 1, true)
+        );
     }
 
     #[test]
