@@ -28,6 +28,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const Acc* const part = blockIdx.y ? dbias_part : dweight_part;
   Acc sum[kVec] = {};
   const auto add_parts = [&](const Acc* part, const auto& load) {
+    // One a thread, without the instructions of kAhead.
+    if (parts <= splits) {
+      const Vec<Acc, kVec> v = load(part + split * step, split < parts);
+#pragma unroll
+      for (int i = 0; i < kVec; i++) sum[i] = sum[i] + v[i];
+      return;
+    }
 #pragma unroll 1
     for (int p = split; p < parts; p += kAhead * splits) {
       Vec<Acc, kVec> v[kAhead];
