@@ -23,8 +23,8 @@ const ALIGNED: [[usize; 2]; 8] = [
     [9, 20480],
 ];
 // In halves, rows of these start in eight ways, in four (12 x 4002), or, being so few, in three of eight (3 x 20003). Of 70 x 9001, a block of a
-// cluster owns several, and a warp several chunks.
-const UNALIGNED: [[usize; 2]; 11] = [
+// cluster owns several that start alike, and a warp several chunks; of 30 x 30001, several that do not.
+const UNALIGNED: [[usize; 2]; 12] = [
     [40, 31],
     [70, 65],
     [40, 203],
@@ -36,6 +36,7 @@ const UNALIGNED: [[usize; 2]; 11] = [
     [12, 4002],
     [3, 20003],
     [70, 9001],
+    [30, 30001],
 ];
 
 /// More than every device with clusters takes. synccheck fails at it, the other tools do not (kernels/README.md): tests of their own.
