@@ -493,7 +493,7 @@ template <int kBytes> __device__ __forceinline__ void copy_async_by_l1(uint32_t 
   asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0), "l"(policy)
                : "memory");
 }
-// As these, past L1 if it is 16 bytes and not `by_l1`. Without a branch, behind which what a row waits for would start.
+// As these, past L1 if it is 16 bytes and not `by_l1`. Predicated: a branch would part the copies from the arithmetic that hides them.
 template <int kBytes> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, bool by_l1, uint64_t policy) {
   if constexpr (kBytes == 16)
     asm volatile(

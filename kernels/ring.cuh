@@ -96,6 +96,7 @@ template <bool kSorted> struct Rows {
       return {rows, 0, owner, owners, 0, owner < rows ? int((rows - 1 - owner) / owners + 1) : 0, 0, 0};
     } else {
       const int begin = int(rows * owner / owners), apart = min(kVec, cols & -cols), step = kVec / apart;
+      // One kind without an end: `count` has it.
       if (owners % step == 0) return {1 << 30, owner, 0, owners, 0, owner < rows ? (int(rows) - 1 - owner) / owners + 1 : 0, 1 << 27, 0};
       // -row * cols is the head, modulo kVec, and an odd number its own inverse modulo 8.
       const int turn = -(cols / apart) & (step - 1);
