@@ -1890,13 +1890,14 @@ mod tests {
     #[test]
     fn regimes_change_where_documented() {
         use Regime::{Block, Cluster, Grid, Split, Warp};
-        let of = |dtype, cols, device: &DeviceFacts| {
+        let regimes = |dtype, cols, access, device: &DeviceFacts| {
             let p = problem(4096, cols, dtype);
             (
-                forward(&p, Access::Wide, device, None).unwrap().regime,
-                backward(&p, Access::Wide, device, None).unwrap().regime,
+                forward(&p, access, device, None).unwrap().regime,
+                backward(&p, access, device, None).unwrap().regime,
             )
         };
+        let of = |dtype, cols, device: &DeviceFacts| regimes(dtype, cols, Access::Wide, device);
         for (dtype, cols, expected) in [
             (DType::F32, 256, (Warp, Warp)),
             (DType::F32, 260, (Warp, Warp)),
@@ -1935,6 +1936,19 @@ mod tests {
             (DType::F64, 4098, (Cluster, Cluster)),
         ] {
             assert_eq!(of(dtype, cols, &H200), expected, "{dtype:?} {cols}");
+        }
+        for (dtype, cols, expected) in [
+            (DType::BF16, 12295, (Block, Cluster)),
+            (DType::BF16, 12297, (Cluster, Cluster)),
+            (DType::BF16, 49159, (Cluster, Cluster)),
+            (DType::BF16, 49161, (Grid, Cluster)),
+            (DType::BF16, 61447, (Grid, Cluster)),
+            (DType::BF16, 61449, (Grid, Grid)),
+            (DType::F32, 65539, (Cluster, Cluster)),
+            (DType::F32, 65541, (Grid, Cluster)),
+        ] {
+            let got = regimes(dtype, cols, Access::Shifted, &H200);
+            assert_eq!(got, expected, "{dtype:?} {cols}, unaligned");
         }
         // No clusters before compute capability 9.0: blocks meet in global memory.
         assert_eq!(of(DType::F32, 32768, &A100), (Block, Grid));
