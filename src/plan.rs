@@ -893,9 +893,9 @@ impl<'a> Planner<'a> {
                 }
                 let most_groups = (multiprocessors / least).min(self.problem.rows);
                 // Groups whose rows all start alike change nothing, and are worth having fewer, of more blocks.
-                let whole = most_groups / self.period(kernel) * self.period(kernel);
-                let groups = if whole * 5 >= most_groups * 3 {
-                    whole
+                let alike = self.alike(kernel, most_groups);
+                let groups = if alike * 5 >= most_groups * 3 {
+                    alike
                 } else {
                     most_groups
                 };
@@ -1160,25 +1160,29 @@ impl<'a> Planner<'a> {
         if resident >= rows {
             return Some(rows);
         }
-        let period = self.period(kernel);
         match kernel.regime {
             Regime::Block => {
-                let step = period / gcd(period, teams);
+                let step = self.period(kernel) / gcd(self.period(kernel), teams);
                 Some(resident / step * step).filter(|&owners| owners > 0)
             }
             // Owners whose rows all start alike change nothing: fewer of them, where they have no more rows for it.
             _ => {
-                let alike = resident / period * period;
+                let alike = self.alike(kernel, resident);
                 let no_more = alike > 0 && rows.div_ceil(alike) == rows.div_ceil(resident);
                 Some(if no_more { alike } else { resident })
             }
         }
     }
 
+    /// As many of `owners`, or none, that the rows of each, so many apart, start equally far from 16 bytes.
+    fn alike(&self, kernel: &Kernel, owners: usize) -> usize {
+        owners / self.period(kernel) * self.period(kernel)
+    }
+
     /// Sums behind a partial row of dweight or of dbias, of an owner whose rows start in several ways: `Edges::count` of common.cuh.
     fn edges(&self, kernel: &Kernel, owners: usize) -> usize {
         let shared = matches!(kernel.regime, Regime::Cluster | Regime::Grid);
-        let alike = self.problem.rows == 1 || owners.is_multiple_of(self.period(kernel));
+        let alike = self.problem.rows == 1 || self.alike(kernel, owners) == owners;
         if !shared || kernel.access != Access::Shifted || alike {
             return 0;
         }
@@ -2250,35 +2254,23 @@ mod tests {
 
     #[test]
     fn owners_of_unaligned_rows_keep_to_rows_that_start_alike() {
-        let owners = |rows, cols, dtype| {
+        use Regime::{Cluster, Grid};
+        for (rows, cols, dtype, expected) in [
+            // 66 clusters of 2 would be resident, and the busiest of 64 has no more rows: 32.
+            (2048, 12289, DType::BF16, (Cluster, 2, 64, false)),
+            // Of these it would have, and so there are 15 of 8.
+            (1024, 50257, DType::BF16, (Cluster, 8, 15, true)),
+            // 10 groups of 13 blocks hold the rows, 8 of 16 without changes.
+            (512, 100003, DType::BF16, (Grid, 16, 8, false)),
+            (512, 100003, DType::F32, (Grid, 16, 8, false)),
+            // One group has all rows, and all multiprocessors.
+            (64, 1000003, DType::BF16, (Grid, 132, 1, true)),
+        ] {
             let p = problem(rows, cols, dtype);
             let plan = backward(&p, Access::Shifted, &H200, None).unwrap();
-            (plan.regime, plan.blocks, plan.parts, plan.edges > 0)
-        };
-        // 66 clusters of 2 would be resident, and the busiest of 64 has no more rows: 32.
-        assert_eq!(
-            owners(2048, 12289, DType::BF16),
-            (Regime::Cluster, 2, 64, false)
-        );
-        // Of these it would have, and so there are 15 of 8.
-        assert_eq!(
-            owners(1024, 50257, DType::BF16),
-            (Regime::Cluster, 8, 15, true)
-        );
-        // 10 groups of 13 blocks hold the rows, 8 of 16 without changes.
-        assert_eq!(
-            owners(512, 100003, DType::BF16),
-            (Regime::Grid, 16, 8, false)
-        );
-        assert_eq!(
-            owners(512, 100003, DType::F32),
-            (Regime::Grid, 16, 8, false)
-        );
-        // One group has all rows, and all multiprocessors.
-        assert_eq!(
-            owners(64, 1000003, DType::BF16),
-            (Regime::Grid, 132, 1, true)
-        );
+            let got = (plan.regime, plan.blocks, plan.parts, plan.edges > 0);
+            assert_eq!(got, expected, "{rows} x {cols} {dtype:?}");
+        }
     }
 
     #[test]
