@@ -6,7 +6,7 @@
 //               Forward: `split_moments` keeps (mean, m2) of each row, less one of its first values, in registers and merges them over
 //               the block (Chan); `split_normalize` merges the blocks' and writes y.
 //               Backward: `split_sums` keeps both sums of each row; `split_gradients` adds up the blocks' and writes dx.
-//               The second launch walks backward: what the first read last is still in L2.
+//               The second launch walks backward, backward's over rows too: what the first read last is still in L2.
 // Bytes moved   Forward 3 * rows * cols * sizeof(X), backward 5 *, less what L2 holds.
 // Launch        grid (rows / kRows rounded up, blocks), block kThreads. Both launches of a pass have the same grid. Parts:
 //               moments and sums [rows, blocks], dweight_part and dbias_part [row groups, cols]; with one row group they may be
@@ -187,8 +187,11 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
   Pair sums[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) sums[r] = {0, 0};
+  const uint64_t normal = evict_normal(), last = evict_last();
 #pragma unroll 1
   for (uint32_t v = p.first; v < uint32_t(p.vectors); v += p.step) {
+    // The second launch starts with what is read last.
+    const uint64_t policy = v + p.step < uint32_t(p.vectors) ? normal : last;
     Columns<kVec, 1> own;
     own.start(0, load_weight<kVec>(weight, v * kVec, weight_offset));
 #pragma unroll
@@ -197,8 +200,8 @@ __device__ __forceinline__ void split_sums(Param* dweight, Param* dbias, Acc* dw
 #pragma unroll
       for (int r = 0; r < kBatch; r++) {
         const int64_t at = int64_t(first + r) * cols + v * kVec;
-        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows);
-        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows);
+        xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows, policy);
+        dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows, policy);
       }
 #pragma unroll
       for (int r = 0; r < kBatch; r++) own.add(0, xs[r], dys[r], normalizers[first + r], weight_offset, sums[first + r]);
@@ -245,10 +248,10 @@ __device__ __forceinline__ void split_gradients(X* dx, const Pair* part, const X
     Columns<kVec, 1> own;
     own.start(0, load_weight<kVec>(weight, v * kVec, weight_offset));
 #pragma unroll
-    for (int first = 0; first < kRows; first += kBatch) {
+    for (int first = kRows - kBatch; first >= 0; first -= kBatch) {
       Vec<X, kVec> xs[kBatch], dys[kBatch];
 #pragma unroll
-      for (int r = 0; r < kBatch; r++) {
+      for (int r = kBatch - 1; r >= 0; r--) {
         const int64_t at = int64_t(first + r) * cols + v * kVec;
         xs[r] = load_vec<X, kVec>(x + at, first + r < p.rows, policy);
         dys[r] = load_vec<X, kVec>(dy + at, first + r < p.rows, policy);
