@@ -102,7 +102,7 @@ pub(crate) fn normalize(
     }
     let dropout = dropout.filter(|dropout| dropout.threshold() > 0);
     let tracked = args.all().any(|tensor| tensor.track_op());
-    if args.x.device().is_metal() || (tracked && ops::second_order()) {
+    if args.x.device().is_metal() || (tracked && ops::second_order() && !problem.is_empty()) {
         return composed(&problem, args, dropout);
     }
     let args = args.try_map(|tensor| tensor.contiguous())?;
@@ -179,15 +179,14 @@ fn composed(
     let x = args.x;
     let sum = match dropout {
         Some(dropout) => {
-            let mut factors = vec![0f32; x.elem_count()];
+            let mut kept = vec![0u8; x.elem_count()];
             dropout.for_each_word(0, x.elem_count(), |element, word| {
-                if word >= dropout.threshold() {
-                    factors[element] = dropout.scale() as f32;
-                }
+                kept[element] = u8::from(word >= dropout.threshold());
             });
-            let factors = Tensor::from_vec(factors, x.shape(), x.device())?;
+            let kept = Tensor::from_vec(kept, x.shape(), x.device())?;
             let stats = problem.stats_dtype();
-            let dropped = (x.to_dtype(stats)? * factors.to_dtype(stats)?)?;
+            let scaled = (x.to_dtype(stats)? * dropout.scale())?;
+            let dropped = kept.where_cond(&scaled, &scaled.zeros_like()?)?;
             (dropped + args.residual.to_dtype(stats)?)?.to_dtype(problem.dtype)?
         }
         None => (args.residual + x)?,

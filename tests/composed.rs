@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use candle_fused_layer_norm::composed;
 use common::case::{Case, Dtypes, Kind, Tracked};
 use common::compare::{Values, assert_close};
+use common::data::{normal, round, values};
 use common::devices::devices;
 
 const SHAPES: [(&[usize], usize); 6] = [
@@ -94,6 +95,54 @@ fn composed_takes_empty_tensors() -> Result<()> {
                 case.bias(device)?.as_ref(),
             )?;
             assert_eq!(y.dims(), shape, "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// Where the deviations are less than what sums of the values are rounded to.
+#[test]
+fn composed_of_rows_far_from_zero() -> Result<()> {
+    for kind in Kind::ALL {
+        for dtypes in [Dtypes::F32, Dtypes::F64] {
+            for far in [1e3, 1e4, -1e6] {
+                let case = Case::with_rows(kind, dtypes, &[9, 1025], 1, |rng, row| {
+                    far * (row + 1) as f64 + normal(rng)
+                });
+                for device in devices() {
+                    let got = case.gradients_of(device, Tracked::ALL, |xs, weight, bias| {
+                        call(&case, xs, weight, bias)
+                    })?;
+                    case.check(device, Tracked::ALL, &got);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn composed_of_constant_rows_is_the_bias() -> Result<()> {
+    for constant in [0., 0.1, -1. / 3., 1000., 12345.678, -3e4] {
+        for cols in [1, 2, 3, 7, 1000] {
+            for dtypes in Dtypes::ALL {
+                let case = Case::with_rows(Kind::LayerNorm, dtypes, &[3, cols], 1, |_, row| {
+                    constant * (row + 1) as f64 / 33.
+                });
+                let bias = case.bias.clone().expect("a layer norm has one");
+                for device in devices() {
+                    let y = call(
+                        &case,
+                        &case.xs(device)?,
+                        case.weight(device)?.as_ref(),
+                        case.bias(device)?.as_ref(),
+                    )?;
+                    for (index, y) in values(&y)?.into_iter().enumerate() {
+                        let bias = round(bias[index % cols], dtypes.xs);
+                        assert_eq!(y, bias, "{case} of {constant}: y[{index}] is not the bias");
+                    }
+                }
+            }
         }
     }
     Ok(())

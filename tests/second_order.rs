@@ -5,7 +5,8 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
+use candle_fused_layer_norm::ops::{self, Dropout};
 use common::case::{Case, Dtypes, Field, Kind, loss};
 use common::data::{normals, rng, tensor, values};
 use common::devices::devices;
@@ -136,6 +137,48 @@ fn gradient_penalty_trains_the_weight() -> Result<()> {
             after < before,
             "a step down the gradient: {before} to {after}"
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn first_gradients_of_empty_tensors_are_there() -> Result<()> {
+    do_not_detach();
+    for shape in [[0, 4], [3, 0]] {
+        let case = Case::random(Kind::LayerNorm, Dtypes::F32, &shape, 1);
+        let got = case.gradients(&Device::Cpu)?;
+        case.check(&Device::Cpu, common::case::Tracked::ALL, &got);
+    }
+    Ok(())
+}
+
+/// Those kept by the fused op's factor, in all its digits, and the others 0, whatever they were.
+#[test]
+fn dropped_elements_are_those_of_the_fused_op() -> Result<()> {
+    do_not_detach();
+    let dropout = Dropout {
+        probability: 0.1,
+        seed: 5,
+    };
+    for dtype in [DType::F64, DType::F32] {
+        for device in devices() {
+            let zeros = Tensor::zeros((4, 64), dtype, device)?;
+            let (weight, bias) = (zeros.i(0)?, zeros.i(0)?);
+            for value in [1., f64::INFINITY, f64::NAN] {
+                let xs = Var::from_tensor(&(&zeros + value)?)?;
+                let sum = |xs: &Tensor| -> Result<Vec<f64>> {
+                    let (_, sum) =
+                        ops::dropout_add_layer_norm(xs, &zeros, &weight, &bias, 1e-5, dropout)?;
+                    Ok(values(&sum)?)
+                };
+                // Where nothing is tracked there is no graph to keep.
+                let (composed, fused) = (sum(&xs)?, sum(&xs.detach())?);
+                assert!(fused.contains(&0.), "nothing was dropped");
+                for (composed, fused) in composed.into_iter().zip(fused) {
+                    assert_eq!(composed.to_bits(), fused.to_bits(), "{composed}, {fused}");
+                }
+            }
+        }
     }
     Ok(())
 }
