@@ -211,11 +211,16 @@ fn bases() -> Result<Vec<u32>, String> {
     let Ok(cap) = env::var("CUDA_COMPUTE_CAP") else {
         return Ok(both);
     };
-    match cap.trim().replace('.', "").parse() {
+    // candle's own build takes 90, 90a, sm_90, and 9 for 90.
+    let number = cap.trim().to_lowercase().replace('.', "");
+    let number = number
+        .trim_start_matches("sm_")
+        .trim_end_matches(['a', 'f']);
+    match number.parse().map(|n: u32| if n < 20 { 10 * n } else { n }) {
         Ok(80..=89) => Ok(vec![80]),
         Ok(90..) => Ok(vec![90]),
         _ => Err(format!(
-            "CUDA_COMPUTE_CAP: expected a compute capability of 80 or more (8.0: A100, and later), got `{cap}`"
+            "CUDA_COMPUTE_CAP: expected a compute capability of 80 or more (80: A100, and later), got `{cap}`"
         )),
     }
 }
