@@ -3,12 +3,14 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{Tensor, Var};
-use common::case::{Case, Dtypes, Kind, Tracked, loss};
+use candle_core::{Device, Tensor, Var};
+use common::case::{Case, Dtypes, Kind, Outputs, Tracked, loss};
 use common::compare::assert_same_bits;
 use common::devices::devices;
 use rayon::prelude::*;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 /// On one thread, by rows, and by columns.
 const SHAPES: [[usize; 2]; 3] = [[31, 200], [300, 700], [3, 40001]];
@@ -175,4 +177,62 @@ fn calls_from_inside_a_pool_of_the_caller() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The gradients of `cases`, on a thread of its own, while no thread of the global pool is free: they must come all the same.
+fn check_while_the_pool_is_busy(
+    cases: Vec<Case>,
+    gradients: impl Fn(&Case) -> candle_core::Result<Outputs> + Send + 'static,
+) -> Result<()> {
+    // Two that wait for all of its threads would each keep some.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let gate = Arc::new(RwLock::new(()));
+    let held = gate.write().expect("nothing panicked there");
+    let (arrive, arrived) = mpsc::channel();
+    let (waiting, threads) = (gate.clone(), rayon::current_num_threads());
+    rayon::spawn_broadcast(move |_| {
+        arrive.send(()).expect("the test waits");
+        drop(waiting.read());
+    });
+    arrived.iter().take(threads).for_each(drop);
+    let (send, receive) = mpsc::channel();
+    let count = cases.len();
+    std::thread::spawn(move || {
+        for case in cases {
+            let outputs = gradients(&case);
+            send.send((case, outputs)).expect("the test waits");
+        }
+    });
+    let mut ended = Vec::new();
+    let stuck = loop {
+        match receive.recv_timeout(Duration::from_secs(60)) {
+            Ok(one) => ended.push(one),
+            Err(error) => break error == RecvTimeoutError::Timeout,
+        }
+    };
+    drop(held);
+    assert!(!stuck, "a call waits for the pool");
+    assert_eq!(ended.len(), count, "a call panicked");
+    for (case, outputs) in ended {
+        case.check(&Device::Cpu, Tracked::ALL, &outputs?);
+    }
+    Ok(())
+}
+
+#[test]
+fn small_calls_stay_on_the_thread_of_the_caller() -> Result<()> {
+    let cases = Kind::ALL.into_iter().flat_map(|kind| {
+        [[32, 1024], [1, 32768], [1024, 32]].map(|s| Case::random(kind, Dtypes::F32, &s, 1))
+    });
+    check_while_the_pool_is_busy(cases.collect(), |case| case.gradients(&Device::Cpu))
+}
+
+#[test]
+fn calls_run_in_the_pool_of_the_caller() -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
+    let cases = SHAPES.map(|shape| Case::random(Kind::LayerNorm, Dtypes::F32, &shape, 1));
+    check_while_the_pool_is_busy(cases.into(), move |case| {
+        pool.install(|| case.gradients(&Device::Cpu))
+    })
 }

@@ -173,3 +173,31 @@ impl<T: Element> Columns<T> for Chunk<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Several tasks, whose elements count from the tensor's first.
+    #[test]
+    fn each_element_has_its_own_word() {
+        const ELEMENTS: usize = 3 * TASK_ELEMENTS + 1001;
+        let dropout = Dropout {
+            probability: 0.25,
+            seed: 9,
+        };
+        let mut want = vec![0.; ELEMENTS];
+        dropout.for_each_word(0, ELEMENTS, |element, word| {
+            if word >= dropout.threshold() {
+                want[element] = dropout.scale();
+            }
+        });
+        for threads in [1, 2] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let got = pool
+                .unwrap()
+                .install(|| map(Some(dropout), &vec![1f64; ELEMENTS], None));
+            assert_eq!(got, want, "{threads} threads");
+        }
+    }
+}

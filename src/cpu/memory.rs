@@ -87,8 +87,9 @@ fn in_huge_pages<T>(slots: &mut [MaybeUninit<T>]) {
     }
     let start = slots.as_mut_ptr().cast::<u8>();
     let skip = start.align_offset(PAGE);
-    // SAFETY: whole pages inside an allocation of our own, whose contents the advice does not change.
-    unsafe { libc::madvise(start.add(skip).cast(), bytes - skip, libc::MADV_HUGEPAGE) };
+    let whole = (bytes - skip) / PAGE * PAGE;
+    // SAFETY: inside an allocation of our own, whose contents the advice does not change, nor those of what shares pages larger than these.
+    unsafe { libc::madvise(start.add(skip).cast(), whole, libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(not(target_os = "linux"))]

@@ -701,6 +701,31 @@ mod tests {
         Ok(())
     }
 
+    /// Deviations from the head's mean would cancel: a second pass goes about the row's.
+    #[test]
+    fn a_head_far_from_the_row() -> Result<()> {
+        let x = Tensor::zeros(SEGMENT, DType::F32, &Device::Cpu)?;
+        let problem = Problem::new(&x, &[SEGMENT], None, None, &NormConfig::from(1e-5))?;
+        let x: Vec<f32> = (0..SEGMENT)
+            .map(|column| {
+                if column < HEAD {
+                    1000.
+                } else {
+                    (column * 7919 % 1009) as f32 / 1009. - 0.5
+                }
+            })
+            .collect();
+        let mean = x.iter().map(|x| x.in_f64()).sum::<f64>() / SEGMENT as f64;
+        let want = x.iter().map(|x| (x.in_f64() - mean).powi(2)).sum::<f64>();
+        for_each_isa(|isa| {
+            let got = moments(isa, &problem, &x);
+            let deviation = (want / SEGMENT as f64).sqrt();
+            let off = [(got.mean() - mean) / deviation, got.square / want - 1.];
+            assert!(off.iter().all(|off| off.abs() < 2e-7), "off by {off:?}");
+        });
+        Ok(())
+    }
+
     #[test]
     fn repeated_halves_do_not_move_the_mean() -> Result<()> {
         for cols in (1000..1400).chain([5000, 40_000]) {
