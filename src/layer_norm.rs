@@ -115,11 +115,13 @@ impl LayerNorm {
     }
 
     /// The norm of `residual + xs`, and that sum: see [`ops::add_layer_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         self.add(xs, residual, None)
     }
 
     /// The norm of `residual + dropout(xs)`, and that sum: see [`ops::dropout_add_layer_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_dropout_add(
         &self,
         xs: &Tensor,
@@ -367,11 +369,13 @@ impl LayerNormNoAffine {
     }
 
     /// The norm of `residual + xs`, and that sum: see [`ops::add_layer_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         self.add(xs, residual, None)
     }
 
     /// The norm of `residual + dropout(xs)`, and that sum: see [`ops::dropout_add_layer_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_dropout_add(
         &self,
         xs: &Tensor,
@@ -465,11 +469,13 @@ impl RmsNorm {
     }
 
     /// The norm of `residual + xs`, and that sum: see [`ops::add_rms_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         self.0.forward_add(xs, residual)
     }
 
     /// The norm of `residual + dropout(xs)`, and that sum: see [`ops::dropout_add_rms_norm`].
+    /// Of another output dtype, the sum is normalised once more for it.
     pub fn forward_dropout_add(
         &self,
         xs: &Tensor,

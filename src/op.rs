@@ -114,10 +114,7 @@ impl NormOp {
         _: Operand<'_, CudaStorage>,
         _: &[&Operand<'_, CudaStorage>],
     ) -> Result<(CudaStorage, Shape)> {
-        bail!(
-            "{}: xs: is on a CUDA device, but candle-fused-layer-norm was built without its feature `cuda`",
-            self.problem.op_name()
-        )
+        without_cuda(&self.problem)
     }
 
     /// The gradients of the tracked arguments, each with its argument's shape and dtype.
@@ -225,10 +222,22 @@ pub(crate) fn elsewhere<T>(problem: &Problem, expected: &str, storage: &Storage)
 }
 
 pub(crate) fn no_kernel<T>(problem: &Problem, device: &Device) -> Result<T> {
+    #[cfg(not(feature = "cuda"))]
+    if device.is_cuda() {
+        return without_cuda(problem);
+    }
     bail!(
         "{}: expected a device with a kernel, got {:?}",
         problem.op_name(),
         device.location()
+    )
+}
+
+#[cfg(not(feature = "cuda"))]
+fn without_cuda<T>(problem: &Problem) -> Result<T> {
+    bail!(
+        "{}: xs: is on a CUDA device, but candle-fused-layer-norm was built without its feature `cuda`",
+        problem.op_name()
     )
 }
 

@@ -1069,11 +1069,10 @@ impl<'a> Planner<'a> {
             Regime::Block | Regime::Cluster | Regime::Grid
         ) && self.owners(kernel, warps, blocks, 1).is_none()
         {
-            return wrong(
-                "owners of rows of one shift, in multiples",
-                self.period(kernel),
-                0,
-            );
+            return Err(format!(
+                "expected {} or more owners of rows, which start in so many ways, got fewer",
+                self.period(kernel)
+            ));
         }
         Ok(())
     }
