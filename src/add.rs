@@ -102,7 +102,7 @@ pub(crate) fn normalize(
     }
     let dropout = dropout.filter(|dropout| dropout.threshold() > 0);
     let tracked = args.all().any(|tensor| tensor.track_op());
-    if args.x.device().is_metal() || (tracked && ops::second_order() && !problem.is_empty()) {
+    if ops::is_composed(&problem, args.x, tracked) {
         return composed(&problem, args, dropout);
     }
     let args = args.try_map(|tensor| tensor.contiguous())?;

@@ -284,7 +284,7 @@ fn run(
         .into_iter()
         .flatten()
         .any(Tensor::track_op);
-    if xs.device().is_metal() || (tracked && second_order() && !problem.is_empty()) {
+    if is_composed(&problem, xs, tracked) {
         return crate::composed::run(&problem, xs, weight, bias);
     }
     // The kernels read dense rows. A view that is dense but starts somewhere inside its storage is not copied.
@@ -302,8 +302,13 @@ fn run(
     }
 }
 
-/// Whether candle keeps the graph of the backward pass itself. Read once a thread, as candle does. Of empty tensors candle's own ops keep none.
-pub(crate) fn second_order() -> bool {
+/// Whether a call is candle's own ops: where there is no kernel, and for gradients of gradients, but of empty tensors, of which those ops keep no graph.
+pub(crate) fn is_composed(problem: &Problem, xs: &Tensor, tracked: bool) -> bool {
+    xs.device().is_metal() || (tracked && second_order() && !problem.is_empty())
+}
+
+/// Whether candle keeps the graph of the backward pass itself. Read once a thread, as candle does.
+fn second_order() -> bool {
     thread_local! {
         static DO_NOT_DETACH: bool =
             std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|s| !s.is_empty() && s != "0");

@@ -220,6 +220,9 @@ fn bases_are_those_asked_for() -> Result<()> {
             [true, false],
         ),
         (&[("CUDA_COMPUTE_CAP", "120")], [false, true]),
+        (&[("CUDA_COMPUTE_CAP", "90a")], [false, true]),
+        (&[("CUDA_COMPUTE_CAP", "sm_90")], [false, true]),
+        (&[("CUDA_COMPUTE_CAP", "9")], [false, true]),
         (
             &[
                 ("CUDA_COMPUTE_CAP", "90"),

@@ -29,6 +29,12 @@ fn call(
     composed::normalize(xs, case.normalized_shape(), weight, bias, &config)
 }
 
+/// With the case's weight and bias.
+fn forward(case: &Case, xs: &Tensor) -> candle_core::Result<Tensor> {
+    let (weight, bias) = (case.weight(xs.device())?, case.bias(xs.device())?);
+    call(case, xs, weight.as_ref(), bias.as_ref())
+}
+
 #[test]
 fn composed_equals_the_fused_op() -> Result<()> {
     for (shape, normalized_dims) in SHAPES {
@@ -70,12 +76,7 @@ fn composed_takes_views() -> Result<()> {
         let case = Case::random(kind, Dtypes::F32, &[7, 33], 1);
         for device in devices() {
             let xs = case.xs(device)?.t()?.contiguous()?.t()?;
-            let y = call(
-                &case,
-                &xs,
-                case.weight(device)?.as_ref(),
-                case.bias(device)?.as_ref(),
-            )?;
+            let y = forward(&case, &xs)?;
             assert_close(&case, "y", &y, &case.oracle().y());
         }
     }
@@ -88,12 +89,7 @@ fn composed_takes_empty_tensors() -> Result<()> {
         for shape in [[0, 8], [3, 0]] {
             let case = Case::random(kind, Dtypes::F32, &shape, 1);
             let device = &candle_core::Device::Cpu;
-            let y = call(
-                &case,
-                &case.xs(device)?,
-                case.weight(device)?.as_ref(),
-                case.bias(device)?.as_ref(),
-            )?;
+            let y = forward(&case, &case.xs(device)?)?;
             assert_eq!(y.dims(), shape, "{case}");
         }
     }
@@ -131,12 +127,7 @@ fn composed_of_constant_rows_is_the_bias() -> Result<()> {
                 });
                 let bias = case.bias.clone().expect("a layer norm has one");
                 for device in devices() {
-                    let y = call(
-                        &case,
-                        &case.xs(device)?,
-                        case.weight(device)?.as_ref(),
-                        case.bias(device)?.as_ref(),
-                    )?;
+                    let y = forward(&case, &case.xs(device)?)?;
                     for (index, y) in values(&y)?.into_iter().enumerate() {
                         let bias = round(bias[index % cols], dtypes.xs);
                         assert_eq!(y, bias, "{case} of {constant}: y[{index}] is not the bias");
