@@ -12,7 +12,7 @@
 //               backward_block_*, backward_long_block_*: T >= 1 teams, partials [blocks, cols].
 //               backward_cluster_*, backward_long_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
-//               [groups, cols]; meetings: zeros, [rows, 2 * group_blocks + 64].
+//               [groups, cols]; meetings: [rows, 10 * group_blocks], zeros before and after.
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners
 //               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
 //               partials has `Edges` behind it, unless there is but one row of x.
@@ -332,7 +332,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 
 #define BACKWARD_RING(name, per, ring, lag, owner, comm, threads)                                                      \
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
-      backward_##name(BACKWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 2 * group_blocks + 64] */, int group_blocks, \
+      backward_##name(BACKWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 10 * group_blocks] */, int group_blocks, \
                       int teams) {                                                                                     \
     __shared__ MailBox<kSetsFor<lag>, Pair, Scales> boxes[kMaxTeams<owner>];                                           \
     if (!kOffsetOnLoad && weight_offset == 0)                                                                          \

@@ -10,7 +10,7 @@
 //               W * 32 * kVec * (kSlots * sizeof(X) + kBiasSlots * sizeof(Param)); cols <= blocks * W * 32 * kPer * kVec.
 //               forward_cluster_*, forward_long_cluster_*: clusters of 2 to 16 blocks; sm_90.
 //               forward_grid_*, forward_giant_*: cooperative, `group_blocks` (to 160) blocks a row, a grid of whole groups;
-//               meetings: zeros, [rows, 4 * group_blocks + 64].
+//               meetings: [rows, 12 * group_blocks], zeros before and after.
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x and y on 16 bytes. mean, rstd, weight, bias may
 //               be null.
 // Determinism   No atomics; every sum has one order.
@@ -249,7 +249,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
 
 #define FORWARD_RING(name, per, slots, lead, owner, comm, giant, bias_slots, threads)                                  \
   extern "C" __global__ void __launch_bounds__(threads, 1)                                                             \
-      forward_##name(FORWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 4 * group_blocks + 64] */, int group_blocks) { \
+      forward_##name(FORWARD_ARGUMENTS, Acc* __restrict__ meetings /* [rows, 12 * group_blocks] */, int group_blocks) { \
     forward_ring<kWide, per, slots, lead, owner, comm, giant, bias_slots, kShifted>(FORWARD_PASS, meetings, group_blocks); \
   }
 #ifdef LN_SHIFTED

@@ -20,17 +20,17 @@ constexpr int kMaxWarps = 16;      // that compute
 constexpr int kMaxCluster = 16;    // blocks
 constexpr int kMaxGroup = 160;     // blocks of a row in Owner::Grid
 constexpr int kMaxOthers = kMaxGroup / kWarp;
-// Copies of a merged pair, each in its own 32 bytes or more.
-constexpr int kTold = 8, kToldStride = 4;
-// A row's place in global memory, where `blocks` meet: a message of each, and the copies. plan.rs counts it too.
+// Acc of a block's copy of a merged pair, which has a sector or more.
+constexpr int kToldStride = 8;
+// A row's place in global memory, where `blocks` meet: a message of each, and a copy for each. plan.rs counts it too.
 template <typename Message> __device__ __forceinline__ int meeting_size(int blocks) {
-  return blocks * int(sizeof(Message) / sizeof(Acc)) + 2 * kTold * kToldStride;
+  return blocks * int(sizeof(Message) / sizeof(Acc) + kToldStride);
 }
 template <typename Message> __device__ __forceinline__ Message* meeting_of(Acc* meetings, int64_t row, int blocks) {
   return reinterpret_cast<Message*>(meetings + row * meeting_size<Message>(blocks));
 }
-// Has L2 get the place back, which was cleared before the launch: rows that passed since may have pushed it out, and who writes a part of
-// a sector or looks for it would wait for DRAM. By all lanes of a warp.
+// Has L2 get the place: rows that passed since its last use may have pushed it out, and who writes a part of a sector or looks for it would
+// wait for DRAM. By all lanes of a warp.
 template <typename Message> __device__ __forceinline__ void prefetch_meeting(const Acc* meetings, int64_t row, int blocks) {
   constexpr int kLine = 128;
   const int bytes = meeting_size<Message>(blocks) * int(sizeof(Acc));
@@ -42,7 +42,7 @@ template <typename Message> __device__ __forceinline__ void prefetch_meeting(con
 // What a part of a row tells of its moments: the mean in two terms, of which the second is what rounding the first leaves, and m2. In one term,
 // the means of two parts would be too coarse for the distance between them where mean >> std.
 struct alignas(4 * sizeof(Acc)) Part {
-  Acc mean, rest, m2, unused;
+  Acc mean, rest, m2, again;  // m2, or nothing
   // Of a mean about a center, whichever is larger (Knuth's sum).
   __device__ __forceinline__ static Part of(Acc center, const Moments& about) {
     const Acc mean = center + about.mean, added = mean - center;
@@ -452,13 +452,13 @@ template <int kVec, bool kShifted> struct OuterColumns {
 // ---- between the blocks of a row ------------------------------------------------------------------------------------
 
 // Meeting in global memory: a slot is zero until its message is there, and a value of +0 goes as -0. Each value is its own flag, so that no
-// fence and no counter is needed.
+// fence and no counter is needed. Whoever a message is for is alone in reading it, and clears its slot: a launch finds zeros and leaves zeros.
 __device__ __forceinline__ float not_zero(float v) { return __float_as_uint(v) == 0 ? -0.f : v; }
 __device__ __forceinline__ double not_zero(double v) { return __double_as_longlong(v) == 0 ? -0. : v; }
 __device__ __forceinline__ bool is_there(float v) { return __float_as_uint(v) != 0; }
 __device__ __forceinline__ bool is_there(double v) { return __double_as_longlong(v) != 0; }
 __device__ __forceinline__ bool is_there(const Pair& p) { return is_there(p.a) && is_there(p.b); }
-__device__ __forceinline__ bool is_there(const Part& p) { return is_there(p.mean) && is_there(p.rest) && is_there(p.m2); }
+__device__ __forceinline__ bool is_there(const Part& p) { return is_there(p.mean) && is_there(p.rest) && is_there(p.m2) && is_there(p.again); }
 __device__ __forceinline__ void publish(Pair* slot, Pair p) {
   p = {not_zero(p.a), not_zero(p.b)};
   if constexpr (sizeof(Acc) == 4)
@@ -489,14 +489,22 @@ __device__ __forceinline__ void publish(Part* slot, const Part& p) {
 }
 __device__ __forceinline__ Part look(const Part* slot) {
   if constexpr (sizeof(Acc) == 4) {
-    float mean, rest, m2, unused;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(mean), "=f"(rest), "=f"(m2), "=f"(unused) : "l"(slot) : "memory");
-    return {Acc(mean), Acc(rest), Acc(m2), Acc(unused)};
+    float mean, rest, m2, again;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(mean), "=f"(rest), "=f"(m2), "=f"(again) : "l"(slot) : "memory");
+    return {Acc(mean), Acc(rest), Acc(m2), Acc(again)};
   } else {
     const Pair* const pairs = reinterpret_cast<const Pair*>(slot);
     const Pair mean = look(pairs), m2 = look(pairs + 1);
-    return {mean.a, mean.b, m2.a, 0};
+    return {mean.a, mean.b, m2.a, m2.b};
   }
+}
+template <typename Message> __device__ __forceinline__ void clear(Message* slot) {
+  if constexpr (sizeof(Message) == 8)
+    asm volatile("st.relaxed.gpu.global.b64 [%0], 0;" ::"l"(slot) : "memory");
+  else
+#pragma unroll
+    for (int at = 0; at < int(sizeof(Message)); at += 16)
+      asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {0, 0};" ::"l"(reinterpret_cast<char*>(slot) + at) : "memory");
 }
 
 // What the warps of a block and the blocks of a cluster leave for each other: a set a row, used again kSets rows later. A compute warp
@@ -605,15 +613,17 @@ template <int kSets, typename Message, typename Result> struct Mail {
   template <typename Merge>
   __device__ __forceinline__ Pair meet(const Group& group, const Message& own, Message* meeting, const Merge& merge) const {
     const int lane = threadIdx.x % kWarp;
-    Pair* const told = reinterpret_cast<Pair*>(meeting + group.blocks);
+    Acc* const told = reinterpret_cast<Acc*>(meeting + group.blocks);
+    const auto told_to = [&](int rank) { return reinterpret_cast<Pair*>(told + rank * kToldStride); };
     if (group.rank > 0) {
       if (lane == 0) publish(meeting + group.rank, own);
-      const Pair* const slot = told + group.rank % kTold * kToldStride;
+      Pair* const slot = told_to(group.rank);
       Pair merged = look(slot);
-      while (!is_there(merged)) {
+      while (!__all_sync(kFull, is_there(merged))) {
         __nanosleep(40);
         merged = look(slot);
       }
+      if (lane == 0) clear(slot);
       return merged;
     }
     Message heard[kMaxOthers];
@@ -632,7 +642,15 @@ template <int kSets, typename Message, typename Result> struct Mail {
       }
     } while (!__all_sync(kFull, all));
     const Pair merged = merge(heard);
-    if (lane < kTold) publish(told + lane * kToldStride, merged);
+    const auto for_others = [&](const auto& f) {
+#pragma unroll
+      for (int j = 0; j < kMaxOthers; j++) {
+        const int other = lane + j * kWarp;
+        if (other > 0 && other < group.blocks) f(other);
+      }
+    };
+    for_others([&](int other) { publish(told_to(other), merged); });
+    for_others([&](int other) { clear(meeting + other); });
     return merged;
   }
 };

@@ -649,9 +649,9 @@ impl Launch {
 
 /// What the driver reserves of each block's shared memory.
 const RESERVED_SHARED: usize = 1024;
-/// kMaxGroup of ring.cuh, and values that meeting_of there adds for a row's result.
+/// kMaxGroup and kToldStride of ring.cuh.
 const MAX_GROUP: usize = 160;
-const TOLD: usize = 64;
+const TOLD_STRIDE: usize = 8;
 /// kRows and kThreads of split.cu.
 const SPLIT_ROWS: usize = 16;
 const SPLIT_THREADS: usize = 256;
@@ -1369,10 +1369,10 @@ fn finalize(
 pub const FORWARD_MESSAGE: usize = 4;
 pub const BACKWARD_MESSAGE: usize = 2;
 
-/// Values through which the blocks of each row meet, each of which sends `message` of them.
+/// Values through which the blocks of each row meet, each of which sends `message` of them: meeting_size of ring.cuh, for all rows.
 pub fn meetings(problem: &Problem, regime: Regime, blocks: usize, message: usize) -> usize {
     match regime {
-        Regime::Grid => problem.rows * (blocks * message + TOLD),
+        Regime::Grid => problem.rows * blocks * (message + TOLD_STRIDE),
         _ => 0,
     }
 }

@@ -112,6 +112,15 @@ fn streams_of_one_gpu() -> Result<()> {
     check(&streams.collect::<Result<Vec<_>, _>>()?)
 }
 
+/// Each has a stream of the same device.
+#[test]
+fn threads_of_one_device() -> Result<()> {
+    match cuda_devices().next() {
+        Some(device) => check(&[(); 3].map(|()| device.clone())),
+        None => Ok(()),
+    }
+}
+
 /// Skipped, with a message, where there is one.
 #[test]
 fn two_gpus() -> Result<()> {

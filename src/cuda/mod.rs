@@ -1,9 +1,10 @@
 //! The CUDA backend: from candle's storages to planned launches and back.
 //!
 //! Everything runs on the device's stream and nothing waits for it. Outputs and workspaces come from the stream's own
-//! allocator, uninitialised, and every kernel writes all of its outputs.
+//! allocator, uninitialised, and every kernel writes all of its outputs; where blocks meet, see `meetings`.
 
 mod launch;
+mod meetings;
 mod ptx;
 
 use crate::add::{AddArgs, AddForward, AddGradients};
@@ -18,6 +19,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tenso
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use half::{bf16, f16};
 use launch::{Arguments, Input};
+use meetings::Meetings;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -133,12 +135,11 @@ impl<'a> Call<'a> {
         unsafe { self.device.alloc(len) }
     }
 
-    /// Where the blocks of each row meet, if they are in groups of the grid: `len` zeros.
-    fn meetings<A: Acc>(&self, len: usize) -> Result<Option<CudaSlice<A>>> {
-        match len {
-            0 => Ok(None),
-            len => Ok(Some(self.device.alloc_zeros(len)?)),
-        }
+    /// Where the blocks of each row meet, if they are in groups of the grid.
+    fn meetings<A: Acc>(&self, len: usize) -> Result<Option<Meetings>> {
+        (len > 0)
+            .then(|| Meetings::take(self.device, len * size_of::<A>()))
+            .transpose()
     }
 
     /// How the kernels read these tensors. Outputs start on 16 bytes: the allocator aligns to 256.
@@ -444,7 +445,7 @@ fn normalize<T: Element, P: Element>(
                 args.input(Some(addend.residual));
                 dropout_arguments::<T::Acc>(&mut args, addend.dropout);
             }
-            args.output(meetings.as_mut());
+            args.output(meetings.as_mut().and_then(Meetings::zeros));
             args.i32(plan.blocks);
             // SAFETY: FORWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something to be added, then `meetings` and
             // `group_blocks`, which only the kernels of forward_ring.cu read. x, y, sum and residual are [rows, cols], mean and rstd
@@ -787,7 +788,7 @@ fn gradients<T: Element, P: Element>(
                 args.input(arriving.dsum);
                 dropout_arguments::<T::Acc>(&mut args, arriving.dropout);
             }
-            args.output(meetings.as_mut());
+            args.output(meetings.as_mut().and_then(Meetings::zeros));
             args.i32(plan.blocks);
             args.i32(plan.teams);
             // SAFETY: BACKWARD_ARGUMENTS of row.cuh, those with LN_ADD if there is something arriving, then `meetings`, `group_blocks`
