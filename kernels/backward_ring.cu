@@ -3,8 +3,9 @@
 // Computes      as backward.cu.
 // Algorithm     Persistent owners stride over the rows; ring.cuh says how they work together. A thread owns the same kPer vectors of
 //               every row: weight and the sums for dweight and dbias stay in its registers. dx of a row is written kLag rows
-//               after its sums, so that nobody waits for a reduction. finalize.cu adds up the owners' partial dweight and
-//               dbias; a block has added up its teams'. Where rows do not all start alike, sums move with the columns (`move_sums`).
+//               after its sums, so that nobody waits for a reduction; in groups of the grid half a row's after half a row's sums.
+//               finalize.cu adds up the owners' partial dweight and dbias; a block has added up its teams'. Where rows do not all
+//               start alike, sums move with the columns (`move_sums`).
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * owners * cols for the partials, written and read (in f32).
 // Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4; T * W <= 16. shared:
 //               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0);
@@ -35,6 +36,10 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
                                               MailBox<kSetsFor<kLag>, Pair, Scales> (&boxes)[kMaxTeams<kOwner>]) {
   constexpr int kSets = kSetsFor<kLag>;
   static_assert(kSets >= kLag + 2 && kRing > kLag, "sets and ring rows that cannot be overrun");
+  // Parts of a row that are copied, summed and written one by one: the next is on its way while one is summed. Clusters, teams and unaligned
+  // halves are slower so.
+  constexpr int kParts = kOwner == Owner::Grid && !(kShifted && sizeof(X) == 2) ? 2 : 1, kEach = kPer / kParts;
+  static_assert(kPer % kParts == 0 && (!kAdds || kParts == 1), "equal parts, and loops of their own");
   extern __shared__ __align__(16) unsigned char shared[];
   const auto offset = known_offset<kPlain>(weight_offset);
 
@@ -164,12 +169,13 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     // Halves, and f32 in groups, are 1 to 4% faster through L1 even where rows start on sectors; f32 in clusters is to 7% slower, with 6 vectors a
     // thread 12%.
     const bool by_l1 = kShifted || sizeof(X) == 2 || (sizeof(X) == 4 && kOwner == Owner::Grid) || C::template by_l1<kPer>(cols);
-    const auto fill = [&](int it, uint32_t at) {
+    // A part of a row: its copies are a group, and its slots are filled again once its dx is written.
+    const auto fill = [&](int it, uint32_t at, int part) {
       if (it < own_rows.count) {
-        if (own_rows.starts_kind(next)) next_frame = F(cols, next);
+        if (part == 0 && own_rows.starts_kind(next)) next_frame = F(cols, next);
         const int64_t from = offset_of(next_frame, next);
 #pragma unroll
-        for (int k = 0; k < kPer; k++) {
+        for (int k = part * kEach; k < (part + 1) * kEach; k++) {
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
           if constexpr (kShifted) {
             C::fill(xs, x + from + k * kWarp * kVec, valid[k], by_l1, policy);
@@ -180,22 +186,29 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           }
         }
       }
-      next = own_rows.next(next);
+      if (part == kParts - 1) next = own_rows.next(next);
       copy_async_commit();
     };
 #pragma unroll(kAdds ? kRing : 1)
-    for (int r = 0; r < kRing; r++) fill(r, begin + r * kPer * C::kChunk);
+    for (int r = 0; r < kRing; r++)
+#pragma unroll
+      for (int part = 0; part < kParts; part++) fill(r, begin + r * kPer * C::kChunk, part);
 
     uint32_t sum_at = begin, dx_at = begin;
-    const auto add_row = [&](int it) {
-      copy_async_wait<kRing - kLag - 1>();
-      const Normalizer row = statistics.at(mean, rstd, own_rows, it);
-      Pair sums = {0, 0};
-#pragma unroll
-      for (int k = 0; k < kPer; k++) {
-        const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
-        own.add(k, C::read(xs), C::read(dys), row, offset, sums);
+    Pair sums;
+    Normalizer summed;
+    const auto add_part = [&](int it, int part) {
+      copy_async_wait<(kRing - kLag) * kParts - 1>();
+      if (part == 0) {
+        summed = statistics.at(mean, rstd, own_rows, it);
+        sums = {0, 0};
       }
+#pragma unroll
+      for (int k = part * kEach; k < (part + 1) * kEach; k++) {
+        const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
+        own.add(k, C::read(xs), C::read(dys), summed, offset, sums);
+      }
+      if (part < kParts - 1) return;
       advance(sum_at);
       mail.leave(it, warp, warp_sum_by_halves(sums));
     };
@@ -210,26 +223,29 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       for (int k = 0; k < kPer; k++) arriving.load(added, k, dx_offset() + k * kWarp * kVec, valid[k]);
     };
     const auto weights_in = [&](const F& frame, int k) { return load_weight_of(frame, weight, vector + k * kWarp, weight_offset, valid[k]); };
+    Scales scales;
     // The weight at hand is that of the row that is summed: of a row that starts otherwise, it is loaded.
-    const auto write_dx = [&](int it, bool other_kind) {
-      const Scales s = mail.wait(it);
+    const auto write_part = [&](int it, bool other_kind, int part) {
+      if (part == 0) scales = mail.wait(it);
       const int64_t out = dx_offset();
 #pragma unroll
-      for (int k = 0; k < kPer; k++) {
+      for (int k = part * kEach; k < (part + 1) * kEach; k++) {
         const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
         Acc f[kVec];
         if (kSorted && other_kind)
-          own.gradient_of(weights_in(dx_frame, k), xs, dys, s, offset, f);
-        else own.gradient(k, xs, dys, s, offset, f);
+          own.gradient_of(weights_in(dx_frame, k), xs, dys, scales, offset, f);
+        else own.gradient(k, xs, dys, scales, offset, f);
         arriving.finish(added, k, f, out + k * kWarp * kVec, valid[k]);
         store<X, kVec>(dx + out + k * kWarp * kVec, f, dx && valid[k]);
       }
       if constexpr (kSorted) {
-        dx_row = own_rows.next(dx_row);
-        if (own_rows.starts_kind(dx_row)) dx_frame = F(cols, dx_row);
+        if (part == kParts - 1) {
+          dx_row = own_rows.next(dx_row);
+          if (own_rows.starts_kind(dx_row)) dx_frame = F(cols, dx_row);
+        }
       }
-      fill(it + kRing, dx_at);
-      advance(dx_at);
+      fill(it + kRing, dx_at, part);
+      if (part == kParts - 1) advance(dx_at);
     };
     // Of the warp's chunks: worked out where it is needed, or it takes registers that the loop over rows lacks.
     const auto edges_at = [&]() {
@@ -260,27 +276,28 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         // Where dsum is loaded ahead of a row, a loop for each: in the first the weights arrive, which one for all would wait for time and again,
         // and for dsum with them.
 #pragma unroll 1
-        for (; it < min(start + kLag, stop); it++) add_row(it);
+        for (; it < min(start + kLag, stop); it++) add_part(it, 0);
 #pragma unroll 1
         for (; it < stop; it++) {
           load_arriving();
-          add_row(it);
-          write_dx(it - kLag, false);
+          add_part(it, 0);
+          write_part(it - kLag, false, 0);
         }
-        if (it == own_rows.count) {
 #pragma unroll 1
-          for (int late = max(0, it - kLag); late < it; late++) {
-            load_arriving();
-            write_dx(late, false);
-          }
+        for (int late = max(0, it - kLag); late < it; late++) {
+          load_arriving();
+          write_part(late, false, 0);
         }
       } else {
         // One loop for rows that are summed alone, summed while another's dx is written, and written alone: code comes from memory too.
         const int end = stop < own_rows.count ? stop : stop + kLag;
 #pragma unroll 1
         for (; it < end; it++) {
-          if (it < stop) add_row(it);
-          if (it >= kLag) write_dx(it - kLag, it - kLag < start);
+#pragma unroll
+          for (int part = 0; part < kParts; part++) {
+            if (it < stop) add_part(it, part);
+            if (it >= kLag) write_part(it - kLag, it - kLag < start, part);
+          }
         }
       }
       if constexpr (kSorted) {
