@@ -1,8 +1,8 @@
 // The last launch of a backward pass: adds up the partial dweight and dbias that its owners of rows left.
 //
 // Computes      dweight[c] = sum over parts of dweight_part[part][c], dbias likewise.
-// Algorithm     A thread owns kVec columns and every S-th part, all of them on their way at once: what this launch takes is latency. The S sums
-//               of a column are added in order, by a thread a column. A part's `Edges` come behind it.
+// Algorithm     A thread owns kVec columns and every S-th part, all of them on their way at once: what this launch takes is latency. If S > 1, the
+//               S sums of a column are added in order, by a thread a column. A part's `Edges` come behind it.
 // Bytes moved   2 * parts * cols * sizeof(Acc), mostly from L2, where the owners left them.
 // Launch        block (L, S), L * S = kThreads, S a power of 2; grid (cols / (L * kVec) rounded up, 2).
 //               Either output may be null. On sm_90 it may be launched before the parts are there (programmatic dependent launch), and waits.
@@ -11,8 +11,20 @@
 
 constexpr int kThreads = 256;
 constexpr int kVec = 16 / sizeof(Acc);
-// Parts of a thread that are on their way at once: all of two blocks a multiprocessor, to 160.
-constexpr int kAhead = 10;
+// Adds every `splits`-th part from `split` on, kAhead of them on their way at once.
+template <int kAhead, typename Load>
+__device__ __forceinline__ void add_parts(Acc (&sum)[kVec], const Acc* part, int64_t step, int parts, int split, int splits, const Load& load) {
+#pragma unroll 1
+  for (int p = split; p < parts; p += kAhead * splits) {
+    Vec<Acc, kVec> v[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; j++) v[j] = load(part + (p + j * splits) * step, p + j * splits < parts);
+#pragma unroll
+    for (int j = 0; j < kAhead; j++)
+#pragma unroll
+      for (int i = 0; i < kVec; i++) sum[i] += v[j][i];
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     finalize(Param* __restrict__ dweight /* [cols] */, Param* __restrict__ dbias /* [cols] */,
@@ -27,39 +39,36 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   Param* const out = blockIdx.y ? dbias : dweight;
   const Acc* const part = blockIdx.y ? dbias_part : dweight_part;
   Acc sum[kVec] = {};
-  const auto add_parts = [&](const Acc* part, const auto& load) {
-    // One a thread, without the instructions of kAhead.
-    if (parts <= splits) {
-      const Vec<Acc, kVec> v = load(part + split * step, split < parts);
-#pragma unroll
-      for (int i = 0; i < kVec; i++) sum[i] = sum[i] + v[i];
-      return;
-    }
-#pragma unroll 1
-    for (int p = split; p < parts; p += kAhead * splits) {
-      Vec<Acc, kVec> v[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; j++) v[j] = load(part + (p + j * splits) * step, p + j * splits < parts);
-#pragma unroll
-      for (int j = 0; j < kAhead; j++)
-#pragma unroll
-        for (int i = 0; i < kVec; i++) sum[i] += v[j][i];
-    }
+  // No more instructions than few parts need, and all on their way of two blocks a multiprocessor, to 160.
+  const auto add = [&](const Acc* part, const auto& load) {
+    if (parts <= splits) add_parts<1>(sum, part, step, parts, split, splits, load);
+    else if (parts <= 4 * splits) add_parts<4>(sum, part, step, parts, split, splits, load);
+    else add_parts<10>(sum, part, step, parts, split, splits, load);
   };
   wait_for_previous();
   if (!out) return;
   const auto load = [](const Acc* from, bool valid) { return load_vec_if<Acc, kVec>(from, valid); };
-  if (edge >= 0) add_parts(part + part_step(cols) + edge, load);
+  if (edge >= 0) add(part + part_step(cols) + edge, load);
   if (c + kVec <= cols) {
-    add_parts(part + c, load);
+    add(part + c, load);
   } else {
     // Behind the last column nothing was written.
-    add_parts(part + c, [&](const Acc* from, bool valid) {
+    add(part + c, [&](const Acc* from, bool valid) {
       Acc f[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; i++) f[i] = valid && c + i < cols ? __ldg(from + i) : Acc(0);
       return Vec<Acc, kVec>::of(f);
     });
+  }
+  if (splits == 1) {
+    if (c + kVec <= cols) {
+      store<Param, kVec>(out + c, sum);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; i++)
+        if (c + i < cols) out[c + i] = Param(sum[i]);
+    }
+    return;
   }
   sums[split * lanes + lane] = Vec<Acc, kVec>::of(sum);
   __syncthreads();
