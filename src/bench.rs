@@ -4,11 +4,11 @@
 use crate::NormConfig;
 use crate::add::{self, AddArgs};
 use crate::cpu::{BackwardPass, Element, ForwardPass};
-use crate::op::{BackwardArgs, NormOp};
+use crate::op::{self, BackwardArgs, NormOp};
 pub use crate::plan::{Access, Choice};
 use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::Direction;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CustomOp3, Result, Tensor};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -94,9 +94,9 @@ pub fn cpu_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Res
             let [xs, weight, bias] = [&xs, &weight, &bias].map(Tensor::storage_and_layout);
             let pass = ForwardPass::<T, P>::new(
                 &problem,
-                (on_cpu(&xs.0)?, xs.1),
-                Some((on_cpu(&weight.0)?, weight.1)),
-                Some((on_cpu(&bias.0)?, bias.1)),
+                op::on_cpu(&problem, &xs)?,
+                Some(op::on_cpu(&problem, &weight)?),
+                Some(op::on_cpu(&problem, &bias)?),
             )?;
             pass.run(&mut ys, &mut mean, &mut rstd);
             Ok(())
@@ -145,9 +145,7 @@ pub fn cpu_backward(
         let mut dbias = touched::<P>(problem.cols);
         Ok(Box::new(move || {
             let locked = operands.each_ref().map(Tensor::storage_and_layout);
-            let operand = |index: usize| -> Result<(&CpuStorage, &Layout)> {
-                Ok((on_cpu(&locked[index].0)?, locked[index].1))
-            };
+            let operand = |index: usize| op::on_cpu(&problem, &locked[index]);
             let args = BackwardArgs {
                 x: operand(0)?,
                 weight: Some(operand(1)?),
@@ -164,13 +162,6 @@ pub fn cpu_backward(
 
 fn touched<T: Copy + num_traits::One>(len: usize) -> Vec<MaybeUninit<T>> {
     vec![MaybeUninit::new(T::one()); len]
-}
-
-fn on_cpu(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!("expected tensors on the CPU"),
-    }
 }
 
 /// What a call may choose from.

@@ -15,13 +15,12 @@ use crate::plan::{self, Access, DeviceFacts, Regime};
 use crate::problem::{Problem, Wanted, dispatch};
 use crate::tuning::{self, Direction, Gpu};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor, bail};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use half::{bf16, f16};
 use launch::{Arguments, Input};
 use meetings::Meetings;
 use std::collections::btree_map::{BTreeMap, Entry};
-use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 type Operand<'a> = op::Operand<'a, CudaStorage>;
@@ -100,28 +99,40 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The elements of a dense operand.
-    fn input<'b, T: Element>(&'b self, (storage, layout): Operand<'b>) -> Result<Input<'b, T>> {
+    /// The elements of a dense operand, of which the kernels read `len`.
+    fn input<'b, T: Element>(
+        &'b self,
+        (storage, layout): Operand<'b>,
+        len: usize,
+    ) -> Result<Input<'b, T>> {
         let slice = storage.as_cuda_slice::<T>()?;
         let view = match layout.contiguous_offsets() {
             // An empty view may start behind its storage's end.
-            Some((start, end)) if start == end => slice.slice(..0),
-            Some((start, end)) => slice.slice(start..end),
-            None => bail!(
-                "{}: expected a contiguous operand, got strides {:?} for shape {:?}",
+            Some((start, end)) if start == end && len == 0 => slice.slice(..0),
+            Some((start, end)) if end - start == len => slice.slice(start..end),
+            _ => bail!(
+                "{}: expected a contiguous operand of {len} elements, got shape {:?} and strides {:?}",
                 self.problem.op_name(),
-                layout.stride(),
-                layout.dims()
+                layout.dims(),
+                layout.stride()
             ),
         };
         Ok(Input::new(view, &self.stream))
     }
 
-    fn optional_input<'b, T: Element>(
-        &'b self,
-        operand: Option<Operand<'b>>,
-    ) -> Result<Option<Input<'b, T>>> {
-        operand.map(|o| self.input(o)).transpose()
+    /// x, or another of its shape.
+    fn tensor<'b, T: Element>(&'b self, operand: Operand<'b>) -> Result<Input<'b, T>> {
+        self.input(operand, self.problem.rows * self.problem.cols)
+    }
+
+    /// weight or bias.
+    fn param<'b, P: Element>(&'b self, operand: Operand<'b>) -> Result<Input<'b, P>> {
+        self.input(operand, self.problem.cols)
+    }
+
+    /// mean or rstd.
+    fn statistic<'b, A: Acc>(&'b self, operand: Operand<'b>) -> Result<Input<'b, A>> {
+        self.input(operand, self.problem.rows)
     }
 
     /// What a kernel of this call has written.
@@ -251,17 +262,20 @@ fn access_of<T: Element, P: Element>(
     xs: &[&Tensor],
     params: &[&Tensor],
 ) -> Result<Access> {
-    fn start_on_16<E: Element>(call: &Call<'_>, tensors: &[&Tensor]) -> Result<bool> {
-        tensors.iter().try_fold(true, |all, tensor| {
-            let locked = tensor.storage_and_layout();
-            Ok(all & call.input::<E>(on_cuda(&locked)?)?.starts_on_16())
-        })
+    let mut starts = [true; 2];
+    for xs in xs {
+        let locked = xs.storage_and_layout();
+        starts[0] &= call
+            .tensor::<T>(op::on_cuda(call.problem, &locked)?)?
+            .starts_on_16();
     }
-    Ok(Access::of(
-        call.problem,
-        start_on_16::<T>(call, xs)?,
-        start_on_16::<P>(call, params)?,
-    ))
+    for param in params {
+        let locked = param.storage_and_layout();
+        starts[1] &= call
+            .param::<P>(op::on_cuda(call.problem, &locked)?)?
+            .starts_on_16();
+    }
+    Ok(Access::of(call.problem, starts[0], starts[1]))
 }
 
 /// As a tuning file has them.
@@ -298,9 +312,9 @@ fn forward_typed<T: Element, P: Element>(
     keep: bool,
 ) -> Result<Forward<CudaStorage>> {
     let call = Call::new(problem, &x.0.device)?;
-    let x = call.input::<T>(x)?;
-    let weight = call.optional_input::<P>(weight)?;
-    let bias = call.optional_input::<P>(bias)?;
+    let x = call.tensor::<T>(x)?;
+    let weight = weight.map(|w| call.param::<P>(w)).transpose()?;
+    let bias = bias.map(|b| call.param::<P>(b)).transpose()?;
     let params = [weight.as_ref(), bias.as_ref()];
     let out = planned_forward(&call, &x, params, keep)?;
     Ok(Forward {
@@ -325,10 +339,10 @@ fn add_forward_typed<T: Element, P: Element>(
     keep: bool,
 ) -> Result<AddForward<CudaStorage>> {
     let call = Call::new(problem, &args.x.0.device)?;
-    let x = call.input::<T>(args.x)?;
-    let residual = call.input::<T>(args.residual)?;
-    let weight = call.optional_input::<P>(args.weight)?;
-    let bias = call.optional_input::<P>(args.bias)?;
+    let x = call.tensor::<T>(args.x)?;
+    let residual = call.tensor::<T>(args.residual)?;
+    let weight = args.weight.map(|w| call.param::<P>(w)).transpose()?;
+    let bias = args.bias.map(|b| call.param::<P>(b)).transpose()?;
     let params = [weight.as_ref(), bias.as_ref()];
     let mut sum = call.alloc::<T>(problem.rows * problem.cols)?;
     let access = call.access([&x, &residual], params.into_iter().flatten());
@@ -556,7 +570,7 @@ fn add_backward_typed<T: Element, P: Element>(
 ) -> Result<AddGradients<CudaStorage>> {
     let call = Call::new(problem, &args.x.0.device)?;
     let inputs = BackwardInputs::<T, P>::new(&call, args)?;
-    let dsum = call.optional_input::<T>(dsum)?;
+    let dsum = dsum.map(|d| call.tensor::<T>(d)).transpose()?;
     let mut dresidual = (wanted.dx && dropout.is_some())
         .then(|| call.alloc::<T>(problem.rows * problem.cols))
         .transpose()?;
@@ -606,7 +620,7 @@ fn dropped_typed<T: Element>(
     dropout: Dropout,
 ) -> Result<CudaStorage> {
     let call = Call::new(problem, &d.0.device)?;
-    let d = call.input::<T>(d)?;
+    let d = call.tensor::<T>(d)?;
     let mut dx = call.alloc::<T>(problem.rows * problem.cols)?;
     let arriving = Arriving {
         dsum: Some(&d),
@@ -660,11 +674,11 @@ struct BackwardInputs<'a, T: Element, P: Element> {
 impl<'a, T: Element, P: Element> BackwardInputs<'a, T, P> {
     fn new(call: &'a Call<'_>, args: &BackwardArgs<Operand<'a>>) -> Result<Self> {
         Ok(Self {
-            x: call.input(args.x)?,
-            dy: call.input(args.dy)?,
-            weight: call.optional_input(args.weight)?,
-            mean: call.optional_input(args.mean)?,
-            rstd: call.input(args.rstd)?,
+            x: call.tensor(args.x)?,
+            dy: call.tensor(args.dy)?,
+            weight: args.weight.map(|w| call.param(w)).transpose()?,
+            mean: args.mean.map(|m| call.statistic(m)).transpose()?,
+            rstd: call.statistic(args.rstd)?,
         })
     }
 }
@@ -877,9 +891,9 @@ fn forward_kernel_typed<T: Element, P: Element>(
     Ok(Box::new(move || {
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
         let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
-        let x = call.input::<T>(on_cuda(&locked[0])?)?;
-        let weight = call.input::<P>(on_cuda(&locked[1])?)?;
-        let bias = call.input::<P>(on_cuda(&locked[2])?)?;
+        let x = call.tensor::<T>(op::on_cuda(&problem, &locked[0])?)?;
+        let weight = call.param::<P>(op::on_cuda(&problem, &locked[1])?)?;
+        let bias = call.param::<P>(op::on_cuda(&problem, &locked[2])?)?;
         let access = call.access([&x], [&weight, &bias]);
         let plan = call.forward_plan(access)?;
         let out = match &mut out {
@@ -908,7 +922,7 @@ fn backward_kernel_typed<T: Element, P: Element>(
     let mut out = None;
     Ok(Box::new(move || {
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
-        let operand = |index: usize| on_cuda(&locked[index]);
+        let operand = |index: usize| op::on_cuda(&problem, &locked[index]);
         let args = BackwardArgs {
             x: operand(0)?,
             weight: Some(operand(1)?),
@@ -926,13 +940,4 @@ fn backward_kernel_typed<T: Element, P: Element>(
         };
         gradients(&call, &plan, out, &inputs, None)
     }))
-}
-
-fn on_cuda<'a>(
-    (storage, layout): &'a (impl Deref<Target = Storage>, &Layout),
-) -> Result<Operand<'a>> {
-    match &**storage {
-        Storage::Cuda(storage) => Ok((storage, layout)),
-        _ => bail!("expected tensors on CUDA"),
-    }
 }
