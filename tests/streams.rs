@@ -112,7 +112,7 @@ fn streams_of_one_gpu() -> Result<()> {
     check(&streams.collect::<Result<Vec<_>, _>>()?)
 }
 
-/// Each has a stream of the same device.
+/// On one stream, from which each takes memory of its own for the blocks of a row to meet in.
 #[test]
 fn threads_of_one_device() -> Result<()> {
     match cuda_devices().next() {
