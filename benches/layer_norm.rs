@@ -67,6 +67,9 @@ struct Args {
     /// On CUDA, also times the norm of a sum, and a backward pass with frozen weight and bias.
     #[arg(long)]
     more: bool,
+    /// Elements that come before x in its memory: x is a view that does not start on 16 bytes.
+    #[arg(long, default_value_t = 0, value_name = "ELEMENTS")]
+    offset: usize,
     /// Calls timed for each number.
     #[arg(long, default_value_t = 15)]
     reps: usize,
@@ -244,7 +247,10 @@ fn measure(
     let random = |shape: &[usize], mean: f32, std: f32, dtype| -> Result<Tensor> {
         Ok(Tensor::randn(mean, std, shape, device)?.to_dtype(dtype)?)
     };
-    let x = Var::from_tensor(&random(&[rows, cols], 0.7, 1.5, dtype)?)?;
+    let memory = Var::from_tensor(&random(&[args.offset + rows * cols], 0.7, 1.5, dtype)?)?;
+    let x = memory
+        .narrow(0, args.offset, rows * cols)?
+        .reshape((rows, cols))?;
     let weight = Var::from_tensor(&random(&[cols], 1., 0.2, param_dtype)?)?;
     let bias = Var::from_tensor(&random(&[cols], 0., 0.2, param_dtype)?)?;
     let dy = random(&[rows, cols], 0., 1., dtype)?;
@@ -444,7 +450,7 @@ fn measure_add(
 /// Kernels over memory that is there, and whole ops, whose outputs are fresh, in turns.
 fn measure_cpu(
     args: &Args,
-    x: &Var,
+    x: &Tensor,
     weight: &Var,
     bias: &Var,
     dy: &Tensor,
@@ -493,7 +499,7 @@ fn measure_cpu(
 
 /// Compares results with the composed ops in f64, by the norm of the difference.
 fn check(
-    x: &Var,
+    x: &Tensor,
     weight: &Var,
     bias: &Var,
     dy: &Tensor,
@@ -538,7 +544,7 @@ fn check(
     }
     // Not the timed shape's only use of the op: the untracked path gives the same values.
     let free = ops::layer_norm(
-        &x.as_detached_tensor(),
+        &x.detach(),
         &weight.as_detached_tensor(),
         &bias.as_detached_tensor(),
         EPS as f32,

@@ -8,8 +8,9 @@
 //               there, and the slots are free. At the end the block adds up its warps; finalize.cu adds up the blocks.
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * blocks * cols for the partials, written and read (in f32).
 // Launch        backward_warp_{wide,shifted,single}_LxP: block T, L lanes a row, cols <= L * P * kVec; shared: with R rows in the ring
-//               max(R * 2 * T * P * kVec * sizeof(X), T / 32 * part_step(cols) * sizeof(Acc)). Partials: [blocks, cols].
-//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
+//               max(R * 2 * T * P * kVec * sizeof(X), T / 32 * part_step(cols) * sizeof(Acc)), with LN_SKEWED of the ring R * T * P more.
+//               Partials: [blocks, cols].
+//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes, compiled with LN_SKEWED dx alone,
 //               warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be
 //               null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks.
@@ -78,7 +79,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     valid[k] = k * kLanes + t < frame.vectors;
-    if (!valid[k])
+    if (!kSkewed && !valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
         C::clear(at + C::kTensor);
@@ -88,6 +89,11 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   const int64_t step = stride * cols;
   int64_t next = own_first * cols + frame.column(t), out = next;
   const uint64_t policy = evict_last();
+  const uint32_t x_skew = kSkewed ? skew_of(x) : 0, dy_skew = kSkewed ? skew_of(dy) : 0;
+  const auto read = [&](uint32_t at, uint32_t skew, int k) {
+    if constexpr (kSkewed) return C::read_skewed(at, skew, valid[k]);
+    else return C::read(at);
+  };
   // Of narrow rows the choice cost more than it gave: 65536 x 256 in f32 56 to 57.5 us.
   const bool by_l1 = kShifted || (kLanes == kWarp && C::template by_l1<1>(cols));
   const auto fill = [&](int it, uint32_t at) {
@@ -96,6 +102,11 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
       for (int k = 0; k < kPer; k++) {
         const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
         const int64_t from = next + k * kLanes * kVec;
+        if constexpr (kSkewed) {
+          C::fill_skewed(xs, x + from, x_skew, valid[k] && it < own_iterations, policy);
+          C::fill_skewed(dys, dy + from, dy_skew, valid[k] && it < own_iterations, policy);
+          continue;
+        }
         if (!valid[k]) continue;
         C::fill(xs, x + from, it < own_iterations, by_l1, policy);
         C::fill(dys, dy + from, it < own_iterations, by_l1, policy);
@@ -137,11 +148,13 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
 #pragma unroll
     for (int k = 0; k < kPer; k++) arriving.load(added, k, out + k * kLanes * kVec, writes && valid[k]);
     copy_async_wait<kRing - 1>();
+    sync_slots();
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-      own.add(k, C::read(xs), C::read(dys), padded, sums);
+      own.add(k, read(xs, x_skew, k), read(dys, dy_skew, k), padded, sums);
     }
+    sync_slots();
     fill(it + kRing, at);
     at += kPer * C::kChunk;
     if (at == end) at = begin;

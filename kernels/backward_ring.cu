@@ -8,13 +8,14 @@
 //               start alike, sums move with the columns (`move_sums`).
 // Bytes moved   3 * rows * cols * sizeof(X), and 16 * owners * cols for the partials, written and read (in f32).
 // Launch        T teams of W warps that compute and C that communicate, C = 1 or, in a grid, 4; T * W <= 16. shared:
-//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0);
+//               max(kRing * 2 * T * W * 32 * kPer * kVec * sizeof(X), T > 1 ? 2 * T * part_step(cols) * sizeof(Acc) : 0),
+//               with LN_SKEWED of the ring kRing * 2 * T * W * kPer * 16 more;
 //               cols <= blocks * W * 32 * kPer * kVec.
 //               backward_block_*, backward_long_block_*: T >= 1 teams, partials [blocks, cols].
 //               backward_cluster_*, backward_long_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: [rows, 10 * group_blocks], zeros before and after.
-//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes. For blocks, owners
+//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes; compiled with LN_SKEWED dx alone. For blocks, owners
 //               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
 //               partials has `Edges` behind it, unless there is but one row of x.
 //               dx, dweight_part, dbias_part, weight, mean may be null.
@@ -160,6 +161,11 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
             C::clear(at);
             C::clear(at + C::kTensor);
           }
+    const uint32_t x_skew = kSkewed ? skew_of(x) : 0, dy_skew = kSkewed ? skew_of(dy) : 0;
+    const auto read = [&](uint32_t at, uint32_t skew, int k) {
+      if constexpr (kSkewed) return C::read_skewed(at, skew, valid[k]);
+      else return C::read(at);
+    };
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     auto next = first_row;
     F next_frame = first_frame;
@@ -177,7 +183,10 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll
         for (int k = part * kEach; k < (part + 1) * kEach; k++) {
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
-          if constexpr (kShifted) {
+          if constexpr (kSkewed) {
+            C::fill_skewed(xs, x + from + k * kWarp * kVec, x_skew, valid[k], policy);
+            C::fill_skewed(dys, dy + from + k * kWarp * kVec, dy_skew, valid[k], policy);
+          } else if constexpr (kShifted) {
             C::fill(xs, x + from + k * kWarp * kVec, valid[k], by_l1, policy);
             C::fill(dys, dy + from + k * kWarp * kVec, valid[k], by_l1, policy);
           } else if (valid[k]) {
@@ -199,6 +208,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
     Normalizer summed;
     const auto add_part = [&](int it, int part) {
       copy_async_wait<(kRing - kLag) * kParts - 1>();
+      sync_slots();
       if (part == 0) {
         summed = statistics.at(mean, rstd, own_rows, it);
         sums = {0, 0};
@@ -206,7 +216,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll
       for (int k = part * kEach; k < (part + 1) * kEach; k++) {
         const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
-        own.add(k, C::read(xs), C::read(dys), summed, offset, sums);
+        own.add(k, read(xs, x_skew, k), read(dys, dy_skew, k), summed, offset, sums);
       }
       if (part < kParts - 1) return;
       advance(sum_at);
@@ -230,7 +240,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       const int64_t out = dx_offset();
 #pragma unroll
       for (int k = part * kEach; k < (part + 1) * kEach; k++) {
-        const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
+        const Vec<X, kVec> xs = read(dx_at + k * C::kChunk, x_skew, k), dys = read(dx_at + k * C::kChunk + C::kTensor, dy_skew, k);
         Acc f[kVec];
         if (kSorted && other_kind)
           own.gradient_of(weights_in(dx_frame, k), xs, dys, scales, offset, f);
@@ -244,6 +254,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           if (own_rows.starts_kind(dx_row)) dx_frame = F(cols, dx_row);
         }
       }
+      sync_slots();
       fill(it + kRing, dx_at, part);
       if (part == kParts - 1) advance(dx_at);
     };

@@ -201,36 +201,45 @@ template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_vec
 
 // How far p is past 16 bytes, in bytes.
 __device__ __forceinline__ uint32_t skew_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) % 16; }
+// The vector that starts `skew` bytes past the first of the words that it spans. kSkewWords: skew / 4, which moves no words then, or -1 if it is
+// not known.
+template <typename T, int kVec, int kSkewWords> struct Spanned {
+  static constexpr int kWords = int(sizeof(Vec<T, kVec>)) / 4;
+  uint32_t w[kWords + 4];
+
+  __device__ __forceinline__ Vec<T, kVec> at(uint32_t skew) {
+    if constexpr (kSkewWords < 0) {
+#pragma unroll
+      for (int i = 0; i < kWords + 2; i++) w[i] = skew & 8 ? w[i + 2] : w[i];
+#pragma unroll
+      for (int i = 0; i < kWords + 1; i++) w[i] = skew & 4 ? w[i + 1] : w[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords + 4 - kSkewWords; i++) w[i] = w[i + kSkewWords];
+    }
+    if constexpr (sizeof(T) == 2)
+#pragma unroll
+      for (int i = 0; i < kWords; i++) w[i] = __funnelshift_r(w[i], w[i + 1], 8 * (skew & 2));
+    Vec<T, kVec> r;
+#pragma unroll
+    for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(&r)[i] = w[i];
+    return r;
+  }
+};
 // As load_vec_if, of a vector that need not start on 16 bytes, from the aligned ones that it spans: kVec - 1 elements behind it can be
-// read. kSkewWords: skew_of(p) / 4, which moves no words then, or -1 if it is not known. kInOrder: as load_vec_in_order.
+// read. kInOrder: as load_vec_in_order.
 template <typename T, int kVec, int kSkewWords, bool kInOrder = false> __device__ __forceinline__ Vec<T, kVec> load_skewed_if(const T* p, bool valid) {
-  constexpr int kWords = int(sizeof(Vec<T, kVec>)) / 4;
+  Spanned<T, kVec, kSkewWords> spanned;
   const uint32_t skew = skew_of(p);
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(reinterpret_cast<uintptr_t>(p) - skew);
-  uint32_t w[kWords + 4];
 #pragma unroll
-  for (int i = 0; i < kWords + 4; i += 4) {
-    Vec<uint32_t, 4>& v = reinterpret_cast<Vec<uint32_t, 4>&>(w[i]);
-    const bool spanned = valid && (i < kWords || skew);
-    if constexpr (kInOrder) v = load_vec_in_order<uint32_t, 4>(from + i, spanned, evict_last());
-    else v = load_vec_if<uint32_t, 4>(from + i, spanned);
+  for (int i = 0; i < spanned.kWords + 4; i += 4) {
+    Vec<uint32_t, 4>& v = reinterpret_cast<Vec<uint32_t, 4>&>(spanned.w[i]);
+    const bool spans = valid && (i < spanned.kWords || skew);
+    if constexpr (kInOrder) v = load_vec_in_order<uint32_t, 4>(from + i, spans, evict_last());
+    else v = load_vec_if<uint32_t, 4>(from + i, spans);
   }
-  if constexpr (kSkewWords < 0) {
-#pragma unroll
-    for (int i = 0; i < kWords + 2; i++) w[i] = skew & 8 ? w[i + 2] : w[i];
-#pragma unroll
-    for (int i = 0; i < kWords + 1; i++) w[i] = skew & 4 ? w[i + 1] : w[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords + 4 - kSkewWords; i++) w[i] = w[i + kSkewWords];
-  }
-  if constexpr (sizeof(T) == 2)
-#pragma unroll
-    for (int i = 0; i < kWords; i++) w[i] = __funnelshift_r(w[i], w[i + 1], 8 * (skew & 2));
-  Vec<T, kVec> r;
-#pragma unroll
-  for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(&r)[i] = w[i];
-  return r;
+  return spanned.at(skew);
 }
 
 // A vector that starts kSkip elements past 16 bytes, as the aligned ones that it spans: no instruction moves what is in them. Loaded in order.

@@ -14,7 +14,7 @@
 //               forward_block_wide_BxPx1 for more.
 //               forward_block_{wide,twice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
 //               rows, of every R * kVec as above, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
-//               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes. mean, rstd,
+//               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes; compiled with LN_SKEWED y alone. mean, rstd,
 //               weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
@@ -172,12 +172,13 @@ template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ 
   const int own_rows = int(max(int64_t(0), min(int64_t(kRows), (rows - first + kApart - 1) / kApart)));
   const auto one_over = [](int n) { return kSmall ? near_inverse(n) : inverse(n); };
   const Acc inv_cols = one_over(cols);
+  const uint32_t skew = kSkewed ? skew_of(x) : 0;
   x += first * cols;
   Affine<kSmall ? Part::kVectors : 0> affine;
   affine.load(weight, bias, t, kLanes, cols);
   Part slices[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0, evict_last());
+  for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, t, kLanes, r < own_rows ? cols : 0, evict_last(), skew);
 #pragma unroll
   for (int r = 0; r < kRows; r++) slices[r].add(added, (first + r * kApart) * cols, t, kLanes, r < own_rows ? cols : 0);
   Acc centers[kRows];
@@ -237,13 +238,14 @@ __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
   // More would take registers from what the block holds of the row.
   constexpr int kRead = kExact ? 8 : 4;
   const Acc inv_cols = near_inverse(cols);
+  const uint32_t skew = kSkewed ? skew_of(x) : 0;
   x += first * cols;
   Affine<kSmall ? Part::kVectors : 0> affine;
   affine.load(weight, bias, threadIdx.x, threads, cols);
   Part slices[kRows];
   const auto load = [&](uint64_t policy) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, threadIdx.x, threads, r < own_rows ? cols : 0, policy);
+    for (int r = 0; r < kRows; r++) slices[r].load(x + int64_t(r) * kApart * cols, threadIdx.x, threads, r < own_rows ? cols : 0, policy, skew);
   };
   load(evict_last());
 #pragma unroll

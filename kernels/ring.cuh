@@ -278,8 +278,11 @@ template <int kStep, bool kPadded> struct Statistics {
 
 // A lane's own slots in a warp's part of the ring: kTensors vectors of each chunk. Addresses, for one addition a step: an index would
 // be multiplied, and ptxas 13.0 encodes an asynchronous copy with a cache hint wrongly if its address has a uniform part.
+// A tensor that does not start on 16 bytes has in a slot the first of the two aligned vectors that the lane's spans: the other is the next
+// lane's, of the last lane behind the chunk. So lanes synchronise between copies, reads, and copies again (`sync_slots`).
 template <int kVec, int kTensors> struct Chunks {
-  static constexpr int kBytes = kVec * sizeof(X), kTensor = kWarp * kBytes, kChunk = kTensors * kTensor;
+  static constexpr int kBytes = kVec * sizeof(X), kTensor = kWarp * kBytes + (kSkewed ? 16 : 0), kChunk = kTensors * kTensor;
+  static_assert(!kSkewed || kBytes == 16, "vectors of 16 bytes");
 
   // The lane's slot in the warp's first chunk.
   __device__ __forceinline__ static uint32_t start(const unsigned char* ring, int warp, int chunks) {
@@ -299,7 +302,28 @@ template <int kVec, int kTensors> struct Chunks {
     if constexpr (kBytes >= 4) copy_async<kBytes>(at, from, valid, by_l1, policy);
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
+
+  // The same of a tensor that starts `skew` bytes past 16. All lanes call it, for vectors side by side, of which the first ones are valid.
+  __device__ __forceinline__ static void fill_skewed(uint32_t at, const X* from, uint32_t skew, bool valid, uint64_t policy) {
+    const int lane = threadIdx.x % kWarp;
+    const bool before = __shfl_up_sync(kFull, valid, 1) && lane > 0, spans = valid || (before && skew);
+    const unsigned char* const first = reinterpret_cast<const unsigned char*>(from) - skew;
+    copy_async<16>(at, first, spans, true, policy);
+    if (valid && skew && lane == kWarp - 1) copy_async<16>(at + 16, first + 16, true, policy);
+  }
+  // A vector, or zeros if not valid.
+  __device__ __forceinline__ static Vec<X, kVec> read_skewed(uint32_t at, uint32_t skew, bool valid) {
+    Spanned<X, kVec, -1> spanned;
+    reinterpret_cast<uint4&>(spanned.w[0]) = load_shared<uint4>(at);
+    reinterpret_cast<uint4&>(spanned.w[4]) = load_shared<uint4>(at + 16);
+    const Vec<X, kVec> v = spanned.at(skew), none = filled<X, kVec>(0);
+    return valid ? v : none;
+  }
 };
+// Other lanes' copies, which they have waited for, are there; or other lanes have read what is to be filled again.
+__device__ __forceinline__ void sync_slots() {
+  if constexpr (kSkewed) __syncwarp();
+}
 
 // A lane's own slots for vectors of weight or bias that L2 keeps, because every row takes them anew: 16 bytes of each lane side by side.
 template <int kVec> struct Slots {

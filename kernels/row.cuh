@@ -30,6 +30,13 @@ struct ForwardAdd {};
 struct BackwardAdd {};
 #endif
 
+// Whether x and dy need not start on 16 bytes, nor as y and dx do.
+#ifdef LN_SKEWED
+constexpr bool kSkewed = true;
+#else
+constexpr bool kSkewed = false;
+#endif
+
 // What every kernel of a pass takes, but those of split.cu, and what it passes on.
 #define FORWARD_BASE                                                                                                   \
   X *__restrict__ y /* [rows, cols] */, Acc *__restrict__ mean /* [rows] */, Acc *__restrict__ rstd /* [rows] */,       \
@@ -69,7 +76,7 @@ template <int kVec, int kPer, bool kInOrder = false> struct Slice {
   Vec<X, kVec> v[kPer];
 
   // Vector k of thread t of `threads` starts at column (k * threads + t) * kVec.
-  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy) {
+  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy, uint32_t = 0) {
 #pragma unroll
     for (int k = 0; k < kPer; k++) {
       const int c = (k * threads + t) * kVec;
@@ -133,10 +140,20 @@ template <int kVec, int kPer, WeightLoads kLoads> struct ShiftedSlice {
 
   // Where a thread's element stands before it moves past the vectors.
   __device__ __forceinline__ int skip(int t) const { return t < head ? 0 : body; }
-  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy) {
-    head = min((kVec - int(skew_of(row) / sizeof(X))) % kVec, cols);
+  // `skew`: by how many bytes the tensor starts past 16; vectors are those of a tensor that starts on them.
+  __device__ __forceinline__ void load(const X* row, int t, int threads, int cols, uint64_t policy, uint32_t skew = 0) {
+    const uint32_t row_skew = kSkewed ? (skew_of(row) - skew) % 16 : skew_of(row);
+    head = min((kVec - int(row_skew / sizeof(X))) % kVec, cols);
     body = max(cols - head - (kVec - 1), 0) / kVec * kVec;
-    inner.load(row + head, t, threads, body, policy);
+    if constexpr (kSkewed) {
+#pragma unroll
+      for (int k = 0; k < kPer; k++) {
+        const int c = (k * threads + t) * kVec;
+        inner.v[k] = load_skewed_if<X, kVec, -1>(row + head + c, c < body);
+      }
+    } else {
+      inner.load(row + head, t, threads, body, policy);
+    }
     outer.load(row + skip(t), t, threads, cols - body, policy);
   }
   __device__ __forceinline__ void add(const ForwardAdd&, int64_t, int, int, int) {}

@@ -185,7 +185,7 @@ const KERNEL: Kernel = Kernel {
 const fn forward_file(access: Access) -> &'static str {
     match access {
         Access::Wide => "forward",
-        Access::Shifted => "forward_shifted",
+        Access::Shifted | Access::Skewed => "forward_shifted",
         Access::Single => "forward_single",
     }
 }
@@ -303,7 +303,7 @@ const fn backward_warp(
     Kernel {
         file: match access {
             Access::Wide => "backward",
-            Access::Shifted => "backward_shifted",
+            Access::Shifted | Access::Skewed => "backward_shifted",
             Access::Single => "backward_single",
         },
         entry,
@@ -562,7 +562,7 @@ const BACKWARD_ADD: &[Kernel] = &[
 /// Elements in a vector: 16 bytes, or one.
 fn vector(problem: &Problem, access: Access) -> usize {
     match access {
-        Access::Wide | Access::Shifted => 16 / problem.dtype.size_in_bytes(),
+        Access::Wide | Access::Shifted | Access::Skewed => 16 / problem.dtype.size_in_bytes(),
         Access::Single => 1,
     }
 }
@@ -575,6 +575,8 @@ pub enum Access {
     Wide,
     /// 16 bytes at a time: x and dy start on 16 bytes, their rows need not.
     Shifted,
+    /// 16 bytes at a time, each from two: x and dy need not start on 16 bytes. By the kernels of `Shifted`, compiled for it.
+    Skewed,
     /// An element at a time.
     Single,
 }
@@ -586,7 +588,7 @@ impl Access {
         match (xs_start, params_start && rows_align) {
             (true, true) => Self::Wide,
             (true, false) => Self::Shifted,
-            (false, _) => Self::Single,
+            (false, _) => Self::Skewed,
         }
     }
 
@@ -594,7 +596,7 @@ impl Access {
     fn allows(self, kernel: Self) -> bool {
         match self {
             Self::Wide => kernel == Self::Wide,
-            Self::Shifted => kernel != Self::Wide,
+            Self::Shifted | Self::Skewed => kernel != Self::Wide,
             Self::Single => kernel == Self::Single,
         }
     }
@@ -733,7 +735,18 @@ impl<'a> Planner<'a> {
                 let vector = vector(self.problem, kernel.access);
                 vector / gcd(vector, self.problem.cols)
             }
-            Access::Wide | Access::Single => 1,
+            Access::Wide | Access::Skewed | Access::Single => 1,
+        }
+    }
+
+    /// The file of the kernel that reads these tensors.
+    fn file(&self, kernel: &Kernel) -> &'static str {
+        match (self.access, kernel.file) {
+            (Access::Skewed, "forward_shifted") => "forward_skewed",
+            (Access::Skewed, "forward_ring_shifted") => "forward_ring_skewed",
+            (Access::Skewed, "backward_shifted") => "backward_skewed",
+            (Access::Skewed, "backward_ring_shifted") => "backward_ring_skewed",
+            (_, file) => file,
         }
     }
 
@@ -756,7 +769,12 @@ impl<'a> Planner<'a> {
     fn warp_shared(&self, kernel: &Kernel) -> usize {
         let lane = kernel.slots * self.tensors * self.size()
             + kernel.bias_slots * self.problem.param_dtype.size_in_bytes();
-        lane * WARP * vector(self.problem, kernel.access)
+        // Behind each chunk of a tensor, the vector that its last one spans besides.
+        let spanned = match (self.access, kernel.access) {
+            (Access::Skewed, Access::Shifted) => kernel.slots * self.tensors * 16,
+            _ => 0,
+        };
+        lane * WARP * vector(self.problem, kernel.access) + spanned
     }
 
     /// What a ring's kernel uses of shared memory besides the ring, at most: a `MailBox`, one a team, with twice the sets in grids, where outer columns
@@ -1095,8 +1113,9 @@ impl<'a> Planner<'a> {
 
     fn forward(&self, kernel: &Kernel, choice: &Choice) -> Result<Forward> {
         let (problem, Choice { warps, blocks, .. }) = (self.problem, *choice);
-        let launch =
-            |entry, grid, threads| Launch::new(problem, kernel.file, entry, grid, [threads, 1]);
+        let launch = |entry, grid, threads| {
+            Launch::new(problem, self.file(kernel), entry, grid, [threads, 1])
+        };
         let plan = |launches| Forward {
             regime: kernel.regime,
             blocks,
@@ -1204,7 +1223,7 @@ impl<'a> Planner<'a> {
         let threads = teams * (warps + kernel.communicating) * WARP;
         let launch = Launch::new(
             self.problem,
-            kernel.file,
+            self.file(kernel),
             kernel.entry,
             [owners * blocks, 1],
             [threads, 1],
@@ -1242,7 +1261,7 @@ impl<'a> Planner<'a> {
         };
         let launch = Launch::new(
             self.problem,
-            kernel.file,
+            self.file(kernel),
             kernel.entry,
             [blocks, 1],
             [threads, 1],
@@ -1609,7 +1628,7 @@ mod tests {
                 Access::Wide if kernel.file == "forward_add" => ("add", "kWide"),
                 Access::Wide if kernel.file.starts_with("backward") => ("WIDE", "kWide"),
                 Access::Wide => ("wide", "kWide"),
-                Access::Shifted => ("shifted", "kWide"),
+                Access::Shifted | Access::Skewed => ("shifted", "kWide"),
             };
             let owner = match kernel.regime {
                 Regime::Block => "block",
@@ -2194,14 +2213,24 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_rows_take_single_elements() {
+    fn unaligned_rows_and_tensors_take_16_bytes_at_a_time() {
         let p = problem(64, 50257, DType::F16);
-        let entry = |access| forward(&p, access, &H200, None).unwrap().launches[0].entry;
+        let of = |access| {
+            let launch = forward(&p, access, &H200, None).unwrap().launches[0];
+            (launch.file, launch.entry, launch.shared)
+        };
         assert_eq!(Access::of(&p, true, true), Access::Shifted);
-        assert_eq!(entry(Access::Shifted), "forward_grid_shifted");
-        // Nor does the tensor: no rows are a whole number of vectors apart.
-        assert_eq!(Access::of(&p, false, true), Access::Single);
-        assert_eq!(entry(Access::Single), "split_moments_single");
+        let (file, entry, shared) = of(Access::Shifted);
+        assert_eq!(
+            (file, entry),
+            ("forward_ring_shifted", "forward_grid_shifted")
+        );
+        // Nor does the tensor: of each chunk of 32 vectors, a lane copies two.
+        assert_eq!(Access::of(&p, false, true), Access::Skewed);
+        assert_eq!(
+            of(Access::Skewed),
+            ("forward_ring_skewed", entry, shared / 32 * 33)
+        );
     }
 
     #[test]
