@@ -48,6 +48,9 @@ struct Args {
     /// Weight and bias in f32 beside half activations.
     #[arg(long)]
     mixed: bool,
+    /// Elements that come before x in its memory: x is a view that does not start on 16 bytes.
+    #[arg(long, default_value_t = 0, value_name = "ELEMENTS")]
+    offset: usize,
     /// The tuning file to write, in place of one that is there.
     #[arg(long, default_value = "tuning.json", value_name = "FILE")]
     output: PathBuf,
@@ -137,7 +140,7 @@ fn main() -> Result<()> {
     let mut file = File::new(gpu, multiprocessors, Vec::new());
     for &dtype in &args.dtypes {
         for &(rows, cols) in shapes {
-            let case = Case::random(&device, dtype, args.mixed, rows, cols)?;
+            let case = Case::random(&args, &device, dtype, rows, cols)?;
             file.choices.extend(tuner.tune(&case)?);
             // After each case: an error later does not lose what was measured.
             file.write(&args.output)?;
@@ -182,7 +185,7 @@ fn name(dir: Direction) -> &'static str {
 
 /// One shape and dtype.
 struct Case {
-    x: Var,
+    x: Tensor,
     weight: Var,
     bias: Var,
     dy: Tensor,
@@ -192,21 +195,24 @@ struct Case {
 
 impl Case {
     fn random(
+        args: &Args,
         device: &Device,
         dtype: DType,
-        mixed: bool,
         rows: usize,
         cols: usize,
     ) -> Result<Self> {
         let param_dtype = match dtype {
-            DType::BF16 | DType::F16 if mixed => DType::F32,
+            DType::BF16 | DType::F16 if args.mixed => DType::F32,
             dtype => dtype,
         };
         let random = |shape: &[usize], mean: f32, std: f32, dtype| -> Result<Tensor> {
             Ok(Tensor::randn(mean, std, shape, device)?.to_dtype(dtype)?)
         };
+        let memory = Var::from_tensor(&random(&[args.offset + rows * cols], 0.7, 1.5, dtype)?)?;
         Ok(Self {
-            x: Var::from_tensor(&random(&[rows, cols], 0.7, 1.5, dtype)?)?,
+            x: memory
+                .narrow(0, args.offset, rows * cols)?
+                .reshape((rows, cols))?,
             weight: Var::from_tensor(&random(&[cols], 1., 0.2, param_dtype)?)?,
             bias: Var::from_tensor(&random(&[cols], 0., 0.2, param_dtype)?)?,
             dy: random(&[rows, cols], 0., 1., dtype)?,

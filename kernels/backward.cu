@@ -10,9 +10,9 @@
 // Launch        backward_warp_{wide,shifted,single}_LxP: block T, L lanes a row, cols <= L * P * kVec; shared: with R rows in the ring
 //               max(R * 2 * T * P * kVec * sizeof(X), T / 32 * part_step(cols) * sizeof(Acc)), with LN_SKEWED of the ring R * T * P more.
 //               Partials: [blocks, cols].
-//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes, compiled with LN_SKEWED dx alone,
-//               warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part, dbias_part, weight, mean may be
-//               null.
+//               wide: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: L = 32; x, dy and dx on 16 bytes,
+//               compiled with LN_SKEWED dx alone; warps of the grid * cols a multiple of kVec, or a warp for each row. dx, dweight_part,
+//               dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.
 #include "ring.cuh"
@@ -79,7 +79,7 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
 #pragma unroll
   for (int k = 0; k < kPer; k++) {
     valid[k] = k * kLanes + t < frame.vectors;
-    if (!kSkewed && !valid[k])
+    if (!valid[k])
       for (uint32_t at = begin + k * C::kChunk; at < end; at += kPer * C::kChunk) {
         C::clear(at);
         C::clear(at + C::kTensor);
@@ -89,9 +89,15 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
   const int64_t step = stride * cols;
   int64_t next = own_first * cols + frame.column(t), out = next;
   const uint64_t policy = evict_last();
-  const uint32_t x_skew = kSkewed ? skew_of(x) : 0, dy_skew = kSkewed ? skew_of(dy) : 0;
-  const auto read = [&](uint32_t at, uint32_t skew, int k) {
-    if constexpr (kSkewed) return C::read_skewed(at, skew, valid[k]);
+  sync_slots();
+  typename C::Skew x_skew, dy_skew;
+  const X *x_source = x, *dy_source = dy;
+  if constexpr (kSkewed) {
+    x_skew = C::Skew::of(x, frame.vectors - t), dy_skew = C::Skew::of(dy, frame.vectors - t);
+    x_source = x_skew.source(x), dy_source = dy_skew.source(dy);
+  }
+  const auto read = [&](uint32_t at, const auto& skew, int k) {
+    if constexpr (kSkewed) return C::read(at, skew, valid[k]);
     else return C::read(at);
   };
   // Of narrow rows the choice cost more than it gave: 65536 x 256 in f32 56 to 57.5 us.
@@ -103,13 +109,12 @@ template <int kVec, int kPer, int kLanes, int kRing, bool kShifted> __device__ _
         const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
         const int64_t from = next + k * kLanes * kVec;
         if constexpr (kSkewed) {
-          C::fill_skewed(xs, x + from, x_skew, valid[k] && it < own_iterations, policy);
-          C::fill_skewed(dys, dy + from, dy_skew, valid[k] && it < own_iterations, policy);
-          continue;
+          C::fill(xs, x_source + from, x_skew, k, it < own_iterations, policy);
+          C::fill(dys, dy_source + from, dy_skew, k, it < own_iterations, policy);
+        } else if (valid[k]) {
+          C::fill(xs, x + from, it < own_iterations, by_l1, policy);
+          C::fill(dys, dy + from, it < own_iterations, by_l1, policy);
         }
-        if (!valid[k]) continue;
-        C::fill(xs, x + from, it < own_iterations, by_l1, policy);
-        C::fill(dys, dy + from, it < own_iterations, by_l1, policy);
       }
     }
     next += step;
@@ -225,11 +230,15 @@ BACKWARD_WARP(single, 1, 32, 16, 4, 256, 1)
 #if LN_X_BYTES == 2
 BACKWARD_WARP(shifted, kWide, 32, 2, 3, 256, 2)
 BACKWARD_WARP(shifted, kWide, 32, 3, 3, 384, 1)
+#ifndef LN_SKEWED
 BACKWARD_WARP(shifted, kWide, 32, 4, 3, 256, 1)
+#endif
 #elif LN_X_BYTES == 4
 BACKWARD_WARP(shifted, kWide, 32, 4, 3, 256, 1)
 BACKWARD_WARP(shifted, kWide, 32, 6, 3, 256, 1)
+#ifndef LN_SKEWED
 BACKWARD_WARP(shifted, kWide, 32, 8, 3, 256, 1)
+#endif
 #else
 BACKWARD_WARP(shifted, kWide, 32, 4, 4, 256, 1)
 #endif

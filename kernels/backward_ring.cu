@@ -15,8 +15,8 @@
 //               backward_cluster_*, backward_long_cluster_*: clusters of 2 to 16 blocks, T = 1, partials [clusters, cols]; sm_90.
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: [rows, 10 * group_blocks], zeros before and after.
-//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes; compiled with LN_SKEWED dx alone. For blocks, owners
-//               (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
+//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes, compiled with
+//               LN_SKEWED dx alone. For blocks, owners (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
 //               partials has `Edges` behind it, unless there is but one row of x.
 //               dx, dweight_part, dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks, owners.
@@ -153,7 +153,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       at += kPer * C::kChunk;
       if (at == end) at = begin;
     };
-    if constexpr (!kShifted)
+    if constexpr (!kShifted || kSkewed)
 #pragma unroll
       for (int k = 0; k < kPer; k++)
         if (!valid[k])
@@ -161,11 +161,13 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
             C::clear(at);
             C::clear(at + C::kTensor);
           }
-    const uint32_t x_skew = kSkewed ? skew_of(x) : 0, dy_skew = kSkewed ? skew_of(dy) : 0;
-    const auto read = [&](uint32_t at, uint32_t skew, int k) {
-      if constexpr (kSkewed) return C::read_skewed(at, skew, valid[k]);
-      else return C::read(at);
-    };
+    sync_slots();
+    typename C::Skew x_skew, dy_skew;
+    const X *x_source = x, *dy_source = dy;
+    if constexpr (kSkewed) {
+      x_skew = C::Skew::of(x, end_vector - vector), dy_skew = C::Skew::of(dy, end_vector - vector);
+      x_source = x_skew.source(x), dy_source = dy_skew.source(dy);
+    }
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     auto next = first_row;
     F next_frame = first_frame;
@@ -184,8 +186,8 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
         for (int k = part * kEach; k < (part + 1) * kEach; k++) {
           const uint32_t xs = at + k * C::kChunk, dys = xs + C::kTensor;
           if constexpr (kSkewed) {
-            C::fill_skewed(xs, x + from + k * kWarp * kVec, x_skew, valid[k], policy);
-            C::fill_skewed(dys, dy + from + k * kWarp * kVec, dy_skew, valid[k], policy);
+            C::fill(xs, x_source + from + k * kWarp * kVec, x_skew, k, policy);
+            C::fill(dys, dy_source + from + k * kWarp * kVec, dy_skew, k, policy);
           } else if constexpr (kShifted) {
             C::fill(xs, x + from + k * kWarp * kVec, valid[k], by_l1, policy);
             C::fill(dys, dy + from + k * kWarp * kVec, valid[k], by_l1, policy);
@@ -216,7 +218,15 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
 #pragma unroll
       for (int k = part * kEach; k < (part + 1) * kEach; k++) {
         const uint32_t xs = sum_at + k * C::kChunk, dys = xs + C::kTensor;
-        own.add(k, read(xs, x_skew, k), read(dys, dy_skew, k), summed, offset, sums);
+        if constexpr (kSkewed) {
+          const Vec<X, kVec> x_part = C::read(xs, x_skew, valid[k]), dy_part = C::read(dys, dy_skew, valid[k]);
+          sync_slots();
+          C::settle(xs, x_skew, x_part);
+          C::settle(dys, dy_skew, dy_part);
+          own.add(k, x_part, dy_part, summed, offset, sums);
+        } else {
+          own.add(k, C::read(xs), C::read(dys), summed, offset, sums);
+        }
       }
       if (part < kParts - 1) return;
       advance(sum_at);
@@ -240,7 +250,7 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
       const int64_t out = dx_offset();
 #pragma unroll
       for (int k = part * kEach; k < (part + 1) * kEach; k++) {
-        const Vec<X, kVec> xs = read(dx_at + k * C::kChunk, x_skew, k), dys = read(dx_at + k * C::kChunk + C::kTensor, dy_skew, k);
+        const Vec<X, kVec> xs = C::read(dx_at + k * C::kChunk), dys = C::read(dx_at + k * C::kChunk + C::kTensor);
         Acc f[kVec];
         if (kSorted && other_kind)
           own.gradient_of(weights_in(dx_frame, k), xs, dys, scales, offset, f);
@@ -254,7 +264,6 @@ __device__ __forceinline__ void backward_ring(BACKWARD_TAKES, Acc* meetings, int
           if (own_rows.starts_kind(dx_row)) dx_frame = F(cols, dx_row);
         }
       }
-      sync_slots();
       fill(it + kRing, dx_at, part);
       if (part == kParts - 1) advance(dx_at);
     };

@@ -242,6 +242,35 @@ template <typename T, int kVec, int kSkewWords, bool kInOrder = false> __device_
   return spanned.at(skew);
 }
 
+// A vector of 16 bytes that need not start on 16, or zeros: by words, of which L1 has those of the lanes beside. One that spans an aligned vector and a
+// part of the next takes twice the registers.
+template <typename T, int kVec> __device__ __forceinline__ Vec<T, kVec> load_by_words_if(const T* p, bool valid, uint64_t policy) {
+  Vec<T, kVec> r;
+  static_assert(sizeof(r) == 16, "16 bytes");
+  if constexpr (sizeof(T) == 8) {
+    uint2* const u = reinterpret_cast<uint2*>(&r);
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.global.nc.L2::cache_hint.v2.b32 {%0, %1}, [%4], %6; @p ld.global.nc.L2::cache_hint.v2.b32 {%2, %3}, [%4+8], %6; }"
+                 : "=&r"(u[0].x), "=&r"(u[0].y), "=&r"(u[1].x), "=&r"(u[1].y) : "l"(p), "r"(uint32_t(valid)), "l"(policy));
+  } else {
+    uint32_t* const u = reinterpret_cast<uint32_t*>(&r);
+    const uint32_t before = sizeof(T) == 2 ? skew_of(p) % 4 : 0;
+    const unsigned char* const from = reinterpret_cast<const unsigned char*>(p) - before;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.global.nc.L2::cache_hint.b32 %0, [%4], %6; @p ld.global.nc.L2::cache_hint.b32 %1, [%4+4], %6;"
+                 " @p ld.global.nc.L2::cache_hint.b32 %2, [%4+8], %6; @p ld.global.nc.L2::cache_hint.b32 %3, [%4+12], %6; }"
+                 : "=&r"(u[0]), "=&r"(u[1]), "=&r"(u[2]), "=&r"(u[3]) : "l"(from), "r"(uint32_t(valid)), "l"(policy));
+    if constexpr (sizeof(T) == 2) {
+      uint32_t behind;
+      asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.L2::cache_hint.b32 %0, [%1+16], %3; }"
+                   : "=&r"(behind) : "l"(from), "r"(uint32_t(valid && before)), "l"(policy));
+#pragma unroll
+      for (int i = 0; i < 4; i++) u[i] = __funnelshift_r(u[i], i < 3 ? u[i + 1] : behind, 8 * before);
+    }
+  }
+  return r;
+}
+
 // A vector that starts kSkip elements past 16 bytes, as the aligned ones that it spans: no instruction moves what is in them. Loaded in order.
 template <typename T, int kVec, int kSkip> struct SkippedVec {
   static constexpr int kVectors = int(sizeof(T)) * kVec / 16 + (kSkip > 0);

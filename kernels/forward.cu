@@ -14,8 +14,8 @@
 //               forward_block_wide_BxPx1 for more.
 //               forward_block_{wide,twice,shifted,shiftedtwice,single,add}_PxR: block B (a multiple of 32, to the bound) for R
 //               rows, of every R * kVec as above, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
-//               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes; compiled with LN_SKEWED y alone. mean, rstd,
-//               weight, bias may be null.
+//               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes, compiled with
+//               LN_SKEWED y alone. mean, rstd, weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
 //               sample variance" (1983).
@@ -362,7 +362,9 @@ FORWARD_BLOCK(shifted, kWide, 3, 2, 64, 10, 1)
 FORWARD_BLOCK(shifted, kWide, 4, 2, 128, 5, 1)
 #endif
 FORWARD_BLOCK(shifted, kWide, 4, 1, 256, 4, 1)
+#ifndef LN_SKEWED
 FORWARD_BLOCK_MOST(shiftedtwice, kWide, 6, 256, 4, 2)
+#endif
 #elif LN_X_BYTES == 4
 FORWARD_WARP(shifted, kWide, 32, 4, 1, 9)
 FORWARD_WARP(shifted, kWide, 32, 6, 2, 4)

@@ -7,13 +7,13 @@
 //               their moments (Chan), of which the means are in two terms. Statistics run kLead chunks ahead of y.
 // Bytes moved   2 * rows * cols * sizeof(X): x is read once.
 // Launch        W warps that compute (to 16) and C that communicate, C = 1 for clusters and giant rows, else 4; shared:
-//               W * 32 * kVec * (kSlots * sizeof(X) + kBiasSlots * sizeof(Param)), with LN_SKEWED
-//               W * kSlots * 16 more; cols <= blocks * W * 32 * kPer * kVec.
+//               W * 32 * kVec * (kSlots * sizeof(X) + kBiasSlots * sizeof(Param)), with LN_SKEWED W * kSlots * 16 more;
+//               cols <= blocks * W * 32 * kPer * kVec.
 //               forward_cluster_*, forward_long_cluster_*: clusters of 2 to 16 blocks; sm_90.
 //               forward_grid_*, forward_giant_*: cooperative, `group_blocks` (to 160) blocks a row, a grid of whole groups;
 //               meetings: [rows, 12 * group_blocks], zeros before and after.
-//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x and y on 16 bytes; compiled with LN_SKEWED y alone. mean, rstd, weight, bias may
-//               be null.
+//               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x and y on 16 bytes, compiled with
+//               LN_SKEWED y alone. mean, rstd, weight, bias may be null.
 // Determinism   No atomics; every sum has one order.
 // Source        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 #include "ring.cuh"
@@ -147,10 +147,22 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       fill_bias(k, bias_begin + k * B::kChunk);
     }
 
-    const uint32_t skew = kSkewed ? skew_of(x) : 0;
-    const auto read = [&](uint32_t at, int k) {
-      if constexpr (kSkewed) return C::read_skewed(at, skew, valid(k));
-      else return C::read(at);
+    typename C::Skew skew;
+    const X* source = x;
+    if constexpr (kSkewed) {
+      skew = C::Skew::of(x, limit);
+      source = skew.source(x);
+    }
+    // A vector that the first to read it has settled.
+    const auto settled = [&](uint32_t at, bool is_valid) {
+      if constexpr (kSkewed) {
+        const Vec<X, kVec> v = C::read(at, skew, is_valid);
+        sync_slots();
+        C::settle(at, skew, v);
+        return v;
+      } else {
+        return C::read(at);
+      }
     };
     const auto offset_of = [&](const F& frame, int64_t row) { return row * cols + frame.column(vector); };
     const bool by_l1 = kShifted || (!kGiant && C::template by_l1<kPer>(cols));
@@ -158,11 +170,10 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
     int next_it = 0;
     auto next_row = own.at(0);
     F next_frame(cols, next_row);
-    const X* next = x + offset_of(next_frame, next_row);
+    const X* next = source + offset_of(next_frame, next_row);
     const auto fill = [&](int k, uint32_t at) {
       if constexpr (kSkewed) {
-        sync_slots();
-        if (next_it < own.count) C::fill_skewed(at, next + k * kWarp * kVec, skew, valid(k), policy);
+        if (next_it < own.count) C::fill(at, next + k * kWarp * kVec, skew, k, policy);
       } else if (next_it < own.count && valid(k)) {
         const X* const from = next + k * kWarp * kVec;
         C::fill(at, from, by_l1, policy);
@@ -172,14 +183,14 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
         next_it++;
         next_row = own.next(next_row);
         if (own.starts_kind(next_row)) next_frame = F(cols, next_row);
-        next = x + offset_of(next_frame, next_row);
+        next = source + offset_of(next_frame, next_row);
       }
     };
     uint32_t at = begin;
 #pragma unroll 1
     for (int k = 0; at < end; k = k == kPer - 1 ? 0 : k + 1) {
       // Only a slot of a giant row is another k's in the next.
-      if (!kGiant && !kSkewed && !valid(k)) C::clear(at);
+      if (!kGiant && !valid(k)) C::clear(at);
       fill(k, at);
       at += C::kChunk;
     }
@@ -195,7 +206,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       copy_async_wait<kSlots - kLead>();
       sync_slots();
       if (it < own.count) {
-        if (!kGiant || valid(k)) sums.add(read(sum_at, k), k == 0, valid(k), remove_mean);
+        if (!kGiant || valid(k)) sums.add(settled(sum_at, valid(k)), k == 0, valid(k), remove_mean);
         else if (k == 0) sums = {};
         advance(sum_at);
         if (k == kPer - 1) mail.leave(it, warp, sums.merge(own_count, inv_own, inv_warp, remove_mean));
@@ -229,7 +240,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
         const Normalizer n = mail.wait(it);
 #pragma unroll
         for (int k = 0; k < kPer; k++) {
-          const Vec<X, kVec> v = read(out_at, k);
+          const Vec<X, kVec> v = C::read(out_at);
           Vec<Param, kVec>& own_bias = b[kBiasSlots ? 0 : k];
           if constexpr (kBiasSlots) own_bias = B::read(bias_at);
           w[k].keep();

@@ -278,8 +278,8 @@ template <int kStep, bool kPadded> struct Statistics {
 
 // A lane's own slots in a warp's part of the ring: kTensors vectors of each chunk. Addresses, for one addition a step: an index would
 // be multiplied, and ptxas 13.0 encodes an asynchronous copy with a cache hint wrongly if its address has a uniform part.
-// A tensor that does not start on 16 bytes has in a slot the first of the two aligned vectors that the lane's spans: the other is the next
-// lane's, of the last lane behind the chunk. So lanes synchronise between copies, reads, and copies again (`sync_slots`).
+// Of a tensor that does not start on 16 bytes, a slot is filled with the first of the two aligned vectors that the lane's spans: the other is the
+// next lane's, of the last lane behind the chunk. So lanes synchronise between copies, reads, and writes or copies again (`sync_slots`).
 template <int kVec, int kTensors> struct Chunks {
   static constexpr int kBytes = kVec * sizeof(X), kTensor = kWarp * kBytes + (kSkewed ? 16 : 0), kChunk = kTensors * kTensor;
   static_assert(!kSkewed || kBytes == 16, "vectors of 16 bytes");
@@ -303,22 +303,48 @@ template <int kVec, int kTensors> struct Chunks {
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
 
-  // The same of a tensor that starts `skew` bytes past 16. All lanes call it, for vectors side by side, of which the first ones are valid.
-  __device__ __forceinline__ static void fill_skewed(uint32_t at, const X* from, uint32_t skew, bool valid, uint64_t policy) {
-    const int lane = threadIdx.x % kWarp;
-    const bool before = __shfl_up_sync(kFull, valid, 1) && lane > 0, spans = valid || (before && skew);
-    const unsigned char* const first = reinterpret_cast<const unsigned char*>(from) - skew;
-    copy_async<16>(at, first, spans, true, policy);
-    if (valid && skew && lane == kWarp - 1) copy_async<16>(at + 16, first + 16, true, policy);
+  // A tensor that need not start on 16 bytes: by how many it starts past them, and how many aligned vectors there are from the lane's on.
+  struct Skew {
+    uint32_t bytes = 0;
+    int reach = 0;
+
+    // `limit`: vectors from the lane's own on.
+    __device__ __forceinline__ static Skew of(const X* tensor, int limit) {
+      Skew skew = {skew_of(tensor), limit};
+      skew.reach += skew.bytes > 0;
+      // Else the compiler works them out for every vector.
+      asm("" : "+r"(skew.bytes), "+r"(skew.reach));
+      return skew;
+    }
+    // The aligned vectors, those that a tensor's span first where that has them.
+    __device__ __forceinline__ const X* source(const X* tensor) const { return tensor - bytes / uint32_t(sizeof(X)); }
+    // Calls `copy` for each vector that the lane copies of chunk k.
+    template <typename Copy> __device__ __forceinline__ void each(uint32_t at, const X* from, int k, const Copy& copy) const {
+      if (reach > k * kWarp) copy(at, from);
+      if (threadIdx.x % kWarp == kWarp - 1 && bytes && reach > k * kWarp + 1) copy(at + 16, from + kVec);
+    }
+  };
+  // Starts copies of chunk k, by all lanes; or writes zeros if not valid. `from` is of the source.
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, const Skew& skew, int k, uint64_t policy) {
+    skew.each(at, from, k, [&](uint32_t to, const X* vector) { copy_async_by_l1<16>(to, vector, policy); });
+  }
+  __device__ __forceinline__ static void fill(uint32_t at, const X* from, const Skew& skew, int k, bool valid, uint64_t policy) {
+    skew.each(at, from, k, [&](uint32_t to, const X* vector) { copy_async_by_l1<16>(to, vector, valid, policy); });
   }
   // A vector, or zeros if not valid.
-  __device__ __forceinline__ static Vec<X, kVec> read_skewed(uint32_t at, uint32_t skew, bool valid) {
-    Spanned<X, kVec, -1> spanned;
-    reinterpret_cast<uint4&>(spanned.w[0]) = load_shared<uint4>(at);
-    reinterpret_cast<uint4&>(spanned.w[4]) = load_shared<uint4>(at + 16);
-    const Vec<X, kVec> v = spanned.at(skew), none = filled<X, kVec>(0);
-    return valid ? v : none;
+  __device__ __forceinline__ static Vec<X, kVec> read(uint32_t at, const Skew& skew, bool valid) {
+    Vec<X, kVec> v = read(at);
+    if (skew.bytes) {
+      Spanned<X, kVec, -1> spanned;
+      reinterpret_cast<Vec<X, kVec>&>(spanned.w[0]) = v;
+      reinterpret_cast<Vec<X, kVec>&>(spanned.w[4]) = read(at + 16);
+      v = spanned.at(skew.bytes);
+      if (!valid) v = filled<X, kVec>(0);
+    }
+    return v;
   }
+  // Has the slot hold the vector itself, once all lanes have read.
+  __device__ __forceinline__ static void settle(uint32_t at, const Skew& skew, const Vec<X, kVec>& v) { store_shared(at, v, skew.bytes > 0); }
 };
 // Other lanes' copies, which they have waited for, are there; or other lanes have read what is to be filled again.
 __device__ __forceinline__ void sync_slots() {

@@ -149,7 +149,7 @@ template <int kVec, int kPer, WeightLoads kLoads> struct ShiftedSlice {
 #pragma unroll
       for (int k = 0; k < kPer; k++) {
         const int c = (k * threads + t) * kVec;
-        inner.v[k] = load_skewed_if<X, kVec, -1>(row + head + c, c < body);
+        inner.v[k] = load_by_words_if<X, kVec>(row + head + c, c < body, policy);
       }
     } else {
       inner.load(row + head, t, threads, body, policy);

@@ -125,9 +125,14 @@ impl<'a> Call<'a> {
         self.input(operand, self.problem.rows * self.problem.cols)
     }
 
-    /// weight or bias.
-    fn param<'b, P: Element>(&'b self, operand: Operand<'b>) -> Result<Input<'b, P>> {
-        self.input(operand, self.problem.cols)
+    /// weight or bias, if there is one.
+    fn param<'b, P: Element>(
+        &'b self,
+        operand: Option<Operand<'b>>,
+    ) -> Result<Option<Input<'b, P>>> {
+        operand
+            .map(|param| self.input(param, self.problem.cols))
+            .transpose()
     }
 
     /// mean or rstd.
@@ -262,20 +267,21 @@ fn access_of<T: Element, P: Element>(
     xs: &[&Tensor],
     params: &[&Tensor],
 ) -> Result<Access> {
-    let mut starts = [true; 2];
-    for xs in xs {
-        let locked = xs.storage_and_layout();
-        starts[0] &= call
-            .tensor::<T>(op::on_cuda(call.problem, &locked)?)?
-            .starts_on_16();
+    let Problem { rows, cols, .. } = *call.problem;
+    let xs_start = start_on_16::<T>(call, xs, rows * cols)?;
+    let params_start = start_on_16::<P>(call, params, cols)?;
+    Ok(Access::of(call.problem, xs_start, params_start))
+}
+
+fn start_on_16<T: Element>(call: &Call<'_>, tensors: &[&Tensor], len: usize) -> Result<bool> {
+    for tensor in tensors {
+        let locked = tensor.storage_and_layout();
+        let input = call.input::<T>(op::on_cuda(call.problem, &locked)?, len)?;
+        if !input.starts_on_16() {
+            return Ok(false);
+        }
     }
-    for param in params {
-        let locked = param.storage_and_layout();
-        starts[1] &= call
-            .param::<P>(op::on_cuda(call.problem, &locked)?)?
-            .starts_on_16();
-    }
-    Ok(Access::of(call.problem, starts[0], starts[1]))
+    Ok(true)
 }
 
 /// As a tuning file has them.
@@ -313,8 +319,8 @@ fn forward_typed<T: Element, P: Element>(
 ) -> Result<Forward<CudaStorage>> {
     let call = Call::new(problem, &x.0.device)?;
     let x = call.tensor::<T>(x)?;
-    let weight = weight.map(|w| call.param::<P>(w)).transpose()?;
-    let bias = bias.map(|b| call.param::<P>(b)).transpose()?;
+    let weight = call.param::<P>(weight)?;
+    let bias = call.param::<P>(bias)?;
     let params = [weight.as_ref(), bias.as_ref()];
     let out = planned_forward(&call, &x, params, keep)?;
     Ok(Forward {
@@ -341,8 +347,8 @@ fn add_forward_typed<T: Element, P: Element>(
     let call = Call::new(problem, &args.x.0.device)?;
     let x = call.tensor::<T>(args.x)?;
     let residual = call.tensor::<T>(args.residual)?;
-    let weight = args.weight.map(|w| call.param::<P>(w)).transpose()?;
-    let bias = args.bias.map(|b| call.param::<P>(b)).transpose()?;
+    let weight = call.param::<P>(args.weight)?;
+    let bias = call.param::<P>(args.bias)?;
     let params = [weight.as_ref(), bias.as_ref()];
     let mut sum = call.alloc::<T>(problem.rows * problem.cols)?;
     let access = call.access([&x, &residual], params.into_iter().flatten());
@@ -676,7 +682,7 @@ impl<'a, T: Element, P: Element> BackwardInputs<'a, T, P> {
         Ok(Self {
             x: call.tensor(args.x)?,
             dy: call.tensor(args.dy)?,
-            weight: args.weight.map(|w| call.param(w)).transpose()?,
+            weight: call.param(args.weight)?,
             mean: args.mean.map(|m| call.statistic(m)).transpose()?,
             rstd: call.statistic(args.rstd)?,
         })
@@ -892,15 +898,16 @@ fn forward_kernel_typed<T: Element, P: Element>(
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
         let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
         let x = call.tensor::<T>(op::on_cuda(&problem, &locked[0])?)?;
-        let weight = call.param::<P>(op::on_cuda(&problem, &locked[1])?)?;
-        let bias = call.param::<P>(op::on_cuda(&problem, &locked[2])?)?;
-        let access = call.access([&x], [&weight, &bias]);
+        let weight = call.param::<P>(Some(op::on_cuda(&problem, &locked[1])?))?;
+        let bias = call.param::<P>(Some(op::on_cuda(&problem, &locked[2])?))?;
+        let params = [weight.as_ref(), bias.as_ref()];
+        let access = call.access([&x], params.into_iter().flatten());
         let plan = call.forward_plan(access)?;
         let out = match &mut out {
             Some(out) => out,
             none => none.insert(Normalized::alloc(&call, true)?),
         };
-        normalize(&call, &plan, out, &x, [Some(&weight), Some(&bias)], None)
+        normalize(&call, &plan, out, &x, params, None)
     }))
 }
 
