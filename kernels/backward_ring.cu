@@ -16,8 +16,8 @@
 //               backward_grid_*: cooperative, T = 1, `group_blocks` (to 160) blocks a row, a grid of whole groups, partials
 //               [groups, cols]; meetings: [rows, 10 * group_blocks], zeros before and after.
 //               wide: all pointers on 16 bytes, cols a multiple of kVec. shifted: x, dy and dx on 16 bytes, compiled with
-//               LN_SKEWED dx alone. For blocks, owners (of all teams) * cols is a multiple of kVec, or there is an owner for each row. For clusters and groups, each row of
-//               partials has `Edges` behind it, unless there is but one row of x.
+//               LN_SKEWED dx alone. For blocks, owners (of all teams) * cols is a multiple of kVec, or there is an owner for each row.
+//               For clusters and groups, each row of partials has `Edges` behind it, unless there is but one row of x.
 //               dx, dweight_part, dbias_part, weight, mean may be null.
 // Determinism   No atomics; every sum has one order, that of lanes, warps, blocks, owners.
 // Source        Ba et al., arXiv:1607.06450, differentiated by hand.

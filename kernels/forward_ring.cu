@@ -153,8 +153,8 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       skew = C::Skew::of(x, limit);
       source = skew.source(x);
     }
-    // A vector that the first to read it has settled.
-    const auto settled = [&](uint32_t at, bool is_valid) {
+    // Reads a vector for the first time: its slot holds it from then on.
+    const auto first_read = [&](uint32_t at, bool is_valid) {
       if constexpr (kSkewed) {
         const Vec<X, kVec> v = C::read(at, skew, is_valid);
         sync_slots();
@@ -206,7 +206,7 @@ __device__ __forceinline__ void forward_ring(FORWARD_TAKES, Acc* meetings, int g
       copy_async_wait<kSlots - kLead>();
       sync_slots();
       if (it < own.count) {
-        if (!kGiant || valid(k)) sums.add(settled(sum_at, valid(k)), k == 0, valid(k), remove_mean);
+        if (!kGiant || valid(k)) sums.add(first_read(sum_at, valid(k)), k == 0, valid(k), remove_mean);
         else if (k == 0) sums = {};
         advance(sum_at);
         if (k == kPer - 1) mail.leave(it, warp, sums.merge(own_count, inv_own, inv_warp, remove_mean));

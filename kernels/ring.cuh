@@ -303,7 +303,7 @@ template <int kVec, int kTensors> struct Chunks {
     else store_shared(at, load_vec<X, kVec>(from, valid), true);
   }
 
-  // A tensor that need not start on 16 bytes: by how many it starts past them, and how many aligned vectors there are from the lane's on.
+  // Of a tensor that need not start on 16 bytes: how far past them it does, and how many aligned vectors a row has from the lane's on.
   struct Skew {
     uint32_t bytes = 0;
     int reach = 0;
@@ -316,7 +316,7 @@ template <int kVec, int kTensors> struct Chunks {
       asm("" : "+r"(skew.bytes), "+r"(skew.reach));
       return skew;
     }
-    // The aligned vectors, those that a tensor's span first where that has them.
+    // The first aligned vector that one of the tensor's spans is as far into this as that is into the tensor.
     __device__ __forceinline__ const X* source(const X* tensor) const { return tensor - bytes / uint32_t(sizeof(X)); }
     // Calls `copy` for each vector that the lane copies of chunk k.
     template <typename Copy> __device__ __forceinline__ void each(uint32_t at, const X* from, int k, const Copy& copy) const {
@@ -324,7 +324,7 @@ template <int kVec, int kTensors> struct Chunks {
       if (threadIdx.x % kWarp == kWarp - 1 && bytes && reach > k * kWarp + 1) copy(at + 16, from + kVec);
     }
   };
-  // Starts copies of chunk k, by all lanes; or writes zeros if not valid. `from` is of the source.
+  // Starts the copies of chunk k of which the lane's vector is at `from` in the source, by all lanes; or writes zeros if not valid.
   __device__ __forceinline__ static void fill(uint32_t at, const X* from, const Skew& skew, int k, uint64_t policy) {
     skew.each(at, from, k, [&](uint32_t to, const X* vector) { copy_async_by_l1<16>(to, vector, policy); });
   }
