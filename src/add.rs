@@ -15,7 +15,7 @@
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::dropout::Dropout;
-use crate::op::{self, BackwardArgs};
+use crate::op::{self, BackwardArgs, Statistics};
 use crate::problem::{Problem, Wanted, dispatch};
 use crate::{composed, cpu, ops};
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -38,10 +38,10 @@ pub(crate) struct AddArgs<T> {
 }
 
 /// What a backend's forward returns. `statistics` as in [`op::Forward`].
-pub(crate) struct AddForward<S> {
+pub(crate) struct AddForward<S, K> {
     pub ys: S,
     pub sum: S,
-    pub statistics: Option<S>,
+    pub statistics: Option<K>,
 }
 
 /// What a backend's backward returns. Without dropout, dx is the gradient of the residual as well, and dresidual is none.
@@ -68,12 +68,16 @@ impl<T> AddArgs<T> {
     }
 }
 
-impl<S> AddForward<S> {
-    fn map<R>(self, f: impl Fn(S) -> R) -> AddForward<R> {
+impl<S, K> AddForward<S, K> {
+    fn map<R>(
+        self,
+        f: impl Fn(S) -> R,
+        kept: impl Fn(K) -> Statistics,
+    ) -> AddForward<R, Statistics> {
         AddForward {
             ys: f(self.ys),
             sum: f(self.sum),
-            statistics: self.statistics.map(f),
+            statistics: self.statistics.map(kept),
         }
     }
 }
@@ -200,17 +204,19 @@ fn forward(
     args: &AddArgs<Tensor>,
     dropout: Option<Dropout>,
     keep: bool,
-) -> Result<AddForward<Storage>> {
+) -> Result<AddForward<Storage, Statistics>> {
     let locked = args.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
     match args.x.device() {
         Device::Cpu => {
             let args = locked.try_map(|locked| op::on_cpu(problem, locked))?;
-            Ok(cpu::add_forward(problem, &args, dropout, keep)?.map(Storage::Cpu))
+            let forward = cpu::add_forward(problem, &args, dropout, keep)?;
+            Ok(forward.map(Storage::Cpu, Statistics::Cpu))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => {
             let args = locked.try_map(|locked| op::on_cuda(problem, locked))?;
-            Ok(cuda::add_forward(problem, &args, dropout, keep)?.map(Storage::Cuda))
+            let forward = cuda::add_forward(problem, &args, dropout, keep)?;
+            Ok(forward.map(Storage::Cuda, Statistics::Cuda))
         }
         device => op::no_kernel(problem, device),
     }
@@ -251,8 +257,7 @@ pub(crate) struct Pass {
     /// The shape of weight and bias, and the weight, outside the graph.
     params: Shape,
     weight: Option<Tensor>,
-    mean: Option<Tensor>,
-    rstd: Tensor,
+    statistics: Statistics,
     /// Outside the graph.
     sum: Mutex<Option<Tensor>>,
     /// By thread: a backward pass is on one, and several may walk the graph at once.
@@ -273,15 +278,9 @@ impl Pass {
         problem: Problem,
         args: &AddArgs<Tensor>,
         dropout: Option<Dropout>,
-        statistics: Option<Storage>,
+        statistics: Option<Statistics>,
     ) -> Result<Self> {
-        let Some(statistics) = statistics else {
-            bail!(
-                "{}: expected the statistics of a forward pass, got none",
-                problem.op_name()
-            )
-        };
-        let (mean, rstd) = op::split_statistics(&problem, statistics)?;
+        let statistics = op::kept(&problem, statistics)?;
         let tracked = |param: &Option<Tensor>| param.as_ref().is_some_and(|param| param.track_op());
         let param = args.weight.as_ref().or(args.bias.as_ref());
         Ok(Self {
@@ -294,8 +293,7 @@ impl Pass {
             },
             params: param.map_or_else(|| problem.cols.into(), |param| param.shape().clone()),
             weight: args.weight.as_ref().map(Tensor::detach),
-            mean,
-            rstd,
+            statistics,
             sum: Mutex::default(),
             arrived: Mutex::default(),
             problem,
@@ -377,25 +375,26 @@ impl Pass {
         let args = BackwardArgs {
             x: sum,
             weight: self.weight.as_ref(),
-            mean: self.mean.as_ref(),
-            rstd: &self.rstd,
             dy,
         };
         let args = args.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
         let dsum = dsum.map(Tensor::storage_and_layout);
-        match sum.device() {
-            Device::Cpu => {
+        match &self.statistics {
+            Statistics::Cpu(statistics) => {
                 let args = args.try_map(|locked| op::on_cpu(problem, locked))?;
                 let dsum = dsum.as_ref().map(|d| op::on_cpu(problem, d)).transpose()?;
-                Ok(cpu::add_backward(problem, &args, dsum, *dropout, *wanted)?.map(Storage::Cpu))
+                let gradients =
+                    cpu::add_backward(problem, &args, statistics, dsum, *dropout, *wanted)?;
+                Ok(gradients.map(Storage::Cpu))
             }
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => {
+            Statistics::Cuda(statistics) => {
                 let args = args.try_map(|locked| op::on_cuda(problem, locked))?;
                 let dsum = dsum.as_ref().map(|d| op::on_cuda(problem, d)).transpose()?;
-                Ok(cuda::add_backward(problem, &args, dsum, *dropout, *wanted)?.map(Storage::Cuda))
+                let gradients =
+                    cuda::add_backward(problem, &args, statistics, dsum, *dropout, *wanted)?;
+                Ok(gradients.map(Storage::Cuda))
             }
-            device => op::no_kernel(problem, device),
         }
     }
 

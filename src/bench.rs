@@ -3,7 +3,7 @@
 
 use crate::NormConfig;
 use crate::add::{self, AddArgs};
-use crate::cpu::{BackwardPass, Element, ForwardPass};
+use crate::cpu::{self, BackwardPass, Element, ForwardPass};
 use crate::op::{self, BackwardArgs, NormOp};
 pub use crate::plan::{Access, Choice};
 use crate::problem::{Problem, Wanted, dispatch};
@@ -111,29 +111,17 @@ pub fn cuda_forward(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Re
     crate::cuda::forward_kernel(problem, xs, weight, bias)
 }
 
-/// The kernels of a backward pass over contiguous CUDA tensors, in the same way. `mean` and `rstd` are `[rows]`.
+/// The kernels of a backward pass over contiguous CUDA tensors, for all three gradients, in the same way.
 #[cfg(feature = "cuda")]
-pub fn cuda_backward(
-    xs: &Tensor,
-    weight: &Tensor,
-    mean: &Tensor,
-    rstd: &Tensor,
-    dy: &Tensor,
-) -> Result<Kernel> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &NormConfig::from(0.))?;
-    crate::cuda::backward_kernel(problem, [xs, weight, mean, rstd, dy])
+pub fn cuda_backward(xs: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &eps.into())?;
+    crate::cuda::backward_kernel(problem, xs, weight, dy)
 }
 
-/// The CPU's backward pass, for all three gradients, in the same way. `mean` and `rstd` are `[rows]`.
-pub fn cpu_backward(
-    xs: &Tensor,
-    weight: &Tensor,
-    mean: &Tensor,
-    rstd: &Tensor,
-    dy: &Tensor,
-) -> Result<Kernel> {
-    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &NormConfig::from(0.))?;
-    let operands = [xs, weight, mean, rstd, dy].map(Tensor::clone);
+/// The CPU's backward pass, in the same way.
+pub fn cpu_backward(xs: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<Kernel> {
+    let problem = Problem::new(xs, weight.dims(), Some(weight), None, &eps.into())?;
+    let operands = [xs, weight, dy].map(Tensor::clone);
     let wanted = Wanted {
         dx: true,
         dweight: true,
@@ -143,17 +131,23 @@ pub fn cpu_backward(
         let mut dx = touched::<T>(xs.elem_count());
         let mut dweight = touched::<P>(problem.cols);
         let mut dbias = touched::<P>(problem.cols);
+        let mut statistics = None;
         Ok(Box::new(move || {
             let locked = operands.each_ref().map(Tensor::storage_and_layout);
             let operand = |index: usize| op::on_cpu(&problem, &locked[index]);
             let args = BackwardArgs {
                 x: operand(0)?,
                 weight: Some(operand(1)?),
-                mean: Some(operand(2)?),
-                rstd: operand(3)?,
-                dy: operand(4)?,
+                dy: operand(2)?,
             };
-            let pass = BackwardPass::<T, P>::new(&problem, &args, wanted)?;
+            let statistics = match &mut statistics {
+                Some(statistics) => statistics,
+                none => {
+                    let forward = cpu::forward(&problem, args.x, args.weight, None, true)?;
+                    none.insert(op::kept(&problem, forward.statistics)?)
+                }
+            };
+            let pass = BackwardPass::<T, P>::new(&problem, &args, statistics, wanted)?;
             pass.run(&mut dx, &mut dweight, &mut dbias);
             Ok(())
         }))

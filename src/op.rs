@@ -22,17 +22,18 @@ pub(crate) struct NormOp {
     statistics: OnceLock<Statistics>,
 }
 
-/// Shape `[rows]` each, in the problem's statistics dtype. RMSNorm has no mean.
-struct Statistics {
-    mean: Option<Tensor>,
-    rstd: Tensor,
+/// mean, which RMSNorm does not have, and then rstd of all rows, in the problem's statistics dtype: in one piece, since allocations show
+/// where rows are few.
+pub(crate) enum Statistics {
+    Cpu(CpuStorage),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Memory),
 }
 
-/// What a backend's forward returns. `statistics`: mean and then rstd of all rows, rstd alone for RMSNorm, if they were to be kept: in
-/// one piece, since allocations show where rows are few.
-pub(crate) struct Forward<S> {
+/// What a backend's forward returns. `statistics`: as [`Statistics`] has them, if they were to be kept.
+pub(crate) struct Forward<S, K> {
     pub ys: S,
-    pub statistics: Option<S>,
+    pub statistics: Option<K>,
 }
 
 /// What a backend's backward returns: dx `[rows, cols]`, dweight and dbias `[cols]`, as far as they were wanted.
@@ -42,12 +43,10 @@ pub(crate) struct Gradients<S> {
     pub dbias: Option<S>,
 }
 
-/// What a backend's backward reads: contiguous tensors, or their storages on one device.
+/// What a backend's backward reads beside the statistics: contiguous tensors, or their storages on one device.
 pub(crate) struct BackwardArgs<T> {
     pub x: T,
     pub weight: Option<T>,
-    pub mean: Option<T>,
-    pub rstd: T,
     pub dy: T,
 }
 
@@ -73,16 +72,15 @@ impl NormOp {
         }
     }
 
-    fn keep<S>(
+    fn keep<S, K>(
         &self,
-        forward: Forward<S>,
+        forward: Forward<S, K>,
         layout: &Layout,
-        wrap: impl Fn(S) -> Storage,
+        wrap: impl Fn(K) -> Statistics,
     ) -> Result<(S, Shape)> {
         if let Some(kept) = forward.statistics {
-            let (mean, rstd) = split_statistics(&self.problem, wrap(kept))?;
             // A second forward of the same op value would compute the same statistics.
-            let _ = self.statistics.set(Statistics { mean, rstd });
+            let _ = self.statistics.set(wrap(kept));
         }
         Ok((forward.ys, layout.shape().clone()))
     }
@@ -94,7 +92,7 @@ impl NormOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = self.split(params);
         let forward = cpu::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
-        self.keep(forward, x.1, Storage::Cpu)
+        self.keep(forward, x.1, Statistics::Cpu)
     }
 
     #[cfg(feature = "cuda")]
@@ -105,7 +103,7 @@ impl NormOp {
     ) -> Result<(CudaStorage, Shape)> {
         let (weight, bias) = self.split(params);
         let forward = cuda::forward(&self.problem, x, weight.copied(), bias.copied(), self.keep)?;
-        self.keep(forward, x.1, Storage::Cuda)
+        self.keep(forward, x.1, Statistics::Cuda)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -119,11 +117,8 @@ impl NormOp {
 
     /// The gradients of the tracked arguments, each with its argument's shape and dtype.
     fn backward(&self, x: &Tensor, params: &[&Tensor], dy: &Tensor) -> Result<Gradients<Tensor>> {
-        let op = self.problem.op_name();
         let (weight, bias) = self.split(params);
-        let Some(statistics) = self.statistics.get() else {
-            bail!("{op}: backward: expected the statistics of a forward pass, got none")
-        };
+        let statistics = kept(&self.problem, self.statistics.get())?;
         let wanted = Wanted {
             dx: x.track_op(),
             dweight: weight.is_some_and(Tensor::track_op),
@@ -132,8 +127,6 @@ impl NormOp {
         let args = BackwardArgs {
             x,
             weight,
-            mean: statistics.mean.as_ref(),
-            rstd: &statistics.rstd,
             dy: &dy.contiguous()?,
         };
         let wrap = |storage, like: Option<&Tensor>| -> Option<Tensor> {
@@ -144,7 +137,7 @@ impl NormOp {
                 false,
             ))
         };
-        let Gradients { dx, dweight, dbias } = self.backward_on(x.device(), &args, wanted)?;
+        let Gradients { dx, dweight, dbias } = self.backward_on(&args, statistics, wanted)?;
         Ok(Gradients {
             dx: dx.and_then(|s| wrap(s, Some(x))),
             dweight: dweight.and_then(|s| wrap(s, weight)),
@@ -152,42 +145,38 @@ impl NormOp {
         })
     }
 
-    /// Runs the device's backend on the tensors' storages, locked for reading.
+    /// Runs the backend that has the statistics on the tensors' storages, locked for reading.
     fn backward_on(
         &self,
-        device: &Device,
         args: &BackwardArgs<&Tensor>,
+        statistics: &Statistics,
         wanted: Wanted,
     ) -> Result<Gradients<Storage>> {
+        let problem = &self.problem;
         let locked = args.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
-        match device {
-            Device::Cpu => {
-                let args = locked.try_map(|locked| on_cpu(&self.problem, locked))?;
-                Ok(cpu::backward(&self.problem, &args, wanted)?.map(Storage::Cpu))
+        match statistics {
+            Statistics::Cpu(statistics) => {
+                let args = locked.try_map(|locked| on_cpu(problem, locked))?;
+                Ok(cpu::backward(problem, &args, statistics, wanted)?.map(Storage::Cpu))
             }
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => {
-                let args = locked.try_map(|locked| on_cuda(&self.problem, locked))?;
-                Ok(cuda::backward(&self.problem, &args, wanted)?.map(Storage::Cuda))
+            Statistics::Cuda(statistics) => {
+                let args = locked.try_map(|locked| on_cuda(problem, locked))?;
+                Ok(cuda::backward(problem, &args, statistics, wanted)?.map(Storage::Cuda))
             }
-            device => no_kernel(&self.problem, device),
         }
     }
 }
 
-/// mean, which RMSNorm does not have, and rstd of all rows, from the [`Forward::statistics`] of a forward pass.
-pub(crate) fn split_statistics(
-    problem: &Problem,
-    storage: Storage,
-) -> Result<(Option<Tensor>, Tensor)> {
-    let rows = problem.rows;
-    let means = if problem.remove_mean { rows } else { 0 };
-    let both = Tensor::from_storage(storage, means + rows, BackpropOp::none(), false);
-    let mean = problem
-        .remove_mean
-        .then(|| both.narrow(0, 0, rows))
-        .transpose()?;
-    Ok((mean, both.narrow(0, means, rows)?))
+/// The statistics without which there is no backward pass.
+pub(crate) fn kept<K>(problem: &Problem, statistics: Option<K>) -> Result<K> {
+    match statistics {
+        Some(statistics) => Ok(statistics),
+        None => bail!(
+            "{}: backward: expected the statistics of a forward pass, got none",
+            problem.op_name()
+        ),
+    }
 }
 
 /// A tensor's storage, locked for reading, where it has to be.
@@ -246,8 +235,6 @@ impl<T> BackwardArgs<T> {
         Ok(BackwardArgs {
             x: f(&self.x)?,
             weight: self.weight.as_ref().map(&f).transpose()?,
-            mean: self.mean.as_ref().map(&f).transpose()?,
-            rstd: f(&self.rstd)?,
             dy: f(&self.dy)?,
         })
     }

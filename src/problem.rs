@@ -151,6 +151,11 @@ impl Problem {
         }
     }
 
+    /// How many means a forward pass keeps: they come before the rstds of all rows. RMSNorm has none.
+    pub fn means(&self) -> usize {
+        if self.remove_mean { self.rows } else { 0 }
+    }
+
     /// What is added to the weight: 1 to one that is centred at 0.
     pub fn weight_offset(&self) -> f64 {
         f64::from(u8::from(self.weight && self.zero_centered_weight))

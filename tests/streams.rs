@@ -121,6 +121,51 @@ fn threads_of_one_device() -> Result<()> {
     }
 }
 
+/// A graph of one thread is walked and dropped by another, also after a second stream came, from when on cudarc orders them.
+#[test]
+fn a_graph_outlives_its_thread_and_a_single_stream() -> Result<()> {
+    if cuda_devices().next().is_none() {
+        return Ok(());
+    }
+    for shape in SHAPES {
+        let device = Device::new_cuda(0)?;
+        let call = Call::new(&device, shape, DType::F32)?;
+        let alone = all_bits(&call.run()?)?;
+        let forward = || -> Result<Tensor> {
+            let y = ops::layer_norm(&call.xs, &call.weight, &call.bias, 1e-5)?;
+            // Each thread has a stream of its own.
+            device.synchronize()?;
+            Ok(y)
+        };
+        let backward = |y: Tensor| -> Result<Vec<Vec<u64>>> {
+            let grads = (&y * &call.dy)?.sum_all()?.backward()?;
+            let of = |var: &Var| grads.get(var).cloned().context("no gradient");
+            let outputs = [
+                y.detach(),
+                of(&call.xs)?,
+                of(&call.weight)?,
+                of(&call.bias)?,
+            ];
+            all_bits(&outputs)
+        };
+        let elsewhere = |y: Tensor| -> Result<Vec<Vec<u64>>> {
+            std::thread::scope(|scope| scope.spawn(|| backward(y)).join()).expect("no panic")
+        };
+        assert!(elsewhere(forward()?)? == alone, "{shape:?}");
+        let before = [forward()?, forward()?];
+        let _stream = device.as_cuda_device()?.cuda_stream().fork()?;
+        let [here, there] = before;
+        assert!(backward(here)? == alone, "{shape:?}, of one stream");
+        assert!(elsewhere(there)? == alone, "{shape:?}, of one stream");
+        assert!(elsewhere(forward()?)? == alone, "{shape:?}, of two streams");
+        assert!(
+            all_bits(&call.run()?)? == alone,
+            "{shape:?}, of two streams"
+        );
+    }
+    Ok(())
+}
+
 /// Skipped, with a message, where there is one.
 #[test]
 fn two_gpus() -> Result<()> {

@@ -19,7 +19,7 @@ pub(crate) fn add_forward(
     args: &AddArgs<Operand<'_>>,
     dropout: Option<Dropout>,
     keep: bool,
-) -> Result<AddForward<CpuStorage>> {
+) -> Result<AddForward<CpuStorage, CpuStorage>> {
     let sum = added(problem, args.x, args.residual, dropout)?;
     let layout = Layout::contiguous(args.x.1.shape());
     let forward = super::forward(problem, (&sum, &layout), args.weight, args.bias, keep)?;
@@ -34,11 +34,12 @@ pub(crate) fn add_forward(
 pub(crate) fn add_backward(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &CpuStorage,
     dsum: Option<Operand<'_>>,
     dropout: Option<Dropout>,
     wanted: Wanted,
 ) -> Result<AddGradients<CpuStorage>> {
-    let Gradients { dx, dweight, dbias } = super::backward(problem, args, wanted)?;
+    let Gradients { dx, dweight, dbias } = super::backward(problem, args, statistics, wanted)?;
     let layout = Layout::contiguous(args.x.1.shape());
     let whole = match (dx, dsum) {
         (Some(dx), Some(dsum)) => Some(added(problem, (&dx, &layout), dsum, None)?),

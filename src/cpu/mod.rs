@@ -59,13 +59,12 @@ pub(crate) fn forward(
     weight: Option<Operand<'_>>,
     bias: Option<Operand<'_>>,
     keep: bool,
-) -> Result<Forward<CpuStorage>> {
+) -> Result<Forward<CpuStorage, CpuStorage>> {
     dispatch!("CPU", problem, T, P => {
         let pass = ForwardPass::<T, P>::new(problem, x, weight, bias)?;
-        let rows = problem.rows;
-        let means = if keep && problem.remove_mean { rows } else { 0 };
+        let (means, rows) = if keep { (problem.means(), problem.rows) } else { (0, 0) };
         let mut ys = Fresh::new(pass.x.len());
-        let mut statistics = Fresh::new(means + if keep { rows } else { 0 });
+        let mut statistics = Fresh::new(means + rows);
         let (mean, rstd) = statistics.slots().split_at_mut(means);
         pass.run(ys.slots(), mean, rstd);
         Ok(Forward {
@@ -81,10 +80,11 @@ pub(crate) fn forward(
 pub(crate) fn backward(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &CpuStorage,
     wanted: Wanted,
 ) -> Result<Gradients<CpuStorage>> {
     dispatch!("CPU", problem, T, P => {
-        let pass = BackwardPass::<T, P>::new(problem, args, wanted)?;
+        let pass = BackwardPass::<T, P>::new(problem, args, statistics, wanted)?;
         let room = |wanted, len| if wanted { len } else { 0 };
         let mut dx = Fresh::new(room(wanted.dx, pass.x.len()));
         let mut dweight = Fresh::new(room(wanted.dweight, problem.cols));
@@ -420,9 +420,11 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
     pub fn new(
         problem: &'a Problem,
         args: &BackwardArgs<Operand<'a>>,
+        statistics: &'a CpuStorage,
         wanted: Wanted,
     ) -> Result<Self> {
         let weight = args.weight.map(|w| slice(problem, w)).transpose()?;
+        let (mean, rstd) = statistics.as_slice()?.split_at(problem.means());
         Ok(Self {
             problem,
             wanted,
@@ -430,8 +432,8 @@ impl<'a, T: Element, P: Element<Acc = T::Acc>> BackwardPass<'a, T, P> {
             dy: slice(problem, args.dy)?,
             weight: Param::weight(weight),
             dparams: PhantomData,
-            mean: args.mean.map(|m| slice(problem, m)).transpose()?,
-            rstd: slice(problem, args.rstd)?,
+            mean: problem.remove_mean.then_some(mean),
+            rstd,
         })
     }
 
@@ -802,7 +804,7 @@ fn by_columns(problem: &Problem) -> bool {
 mod tests {
     use super::*;
     use crate::NormConfig;
-    use candle_core::{Device, Layout, Tensor};
+    use candle_core::{Device, Tensor};
 
     /// What `pass` writes over memory of which the pages are there, and over memory of which, if it comes from the system, they are not.
     #[allow(unsafe_code)]
@@ -859,23 +861,20 @@ mod tests {
         let pass = ForwardPass::<T, T>::new(&problem, x, Some(weight), Some(bias))?;
         let mut stats = Vec::new();
         let ys = there_and_not(&problem, |ys| {
-            let [mut mean, mut rstd] = [Fresh::new(rows), Fresh::new(rows)];
-            pass.run(ys, mean.slots(), rstd.slots());
-            stats.push((mean, rstd));
+            let mut both = Fresh::new(2 * rows);
+            let (mean, rstd) = both.slots().split_at_mut(rows);
+            pass.run(ys, mean, rstd);
+            stats.push(both);
         });
         assert_same("y", ys);
 
-        let (mean, rstd) = stats.swap_remove(0);
         // SAFETY: a pass writes all of its outputs.
         #[allow(unsafe_code)]
-        let stats = unsafe { [mean.assume_written(), rstd.assume_written()] };
-        let [mean, rstd] = stats.map(<T::Acc as Element>::to_storage);
-        let of_rows = Layout::contiguous(rows);
+        let stats = unsafe { stats.swap_remove(0).assume_written() };
+        let stats = <T::Acc as Element>::to_storage(stats);
         let args = BackwardArgs {
             x,
             weight: Some(weight),
-            mean: Some((&mean, &of_rows)),
-            rstd: (&rstd, &of_rows),
             dy,
         };
         let wanted = Wanted {
@@ -883,7 +882,7 @@ mod tests {
             dweight: true,
             dbias: true,
         };
-        let pass = BackwardPass::<T, T>::new(&problem, &args, wanted)?;
+        let pass = BackwardPass::<T, T>::new(&problem, &args, &stats, wanted)?;
         let mut sums = Vec::new();
         let dx = there_and_not(&problem, |dx| {
             let [mut dweight, mut dbias] = [Fresh::new(cols), Fresh::new(cols)];

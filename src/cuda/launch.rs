@@ -1,5 +1,6 @@
 //! Launching a planned kernel, whose arguments the caller vouches for.
 
+use super::memory::Memory;
 use super::ptx;
 use crate::plan::{DeviceFacts, Launch};
 use crate::problem::Problem;
@@ -74,6 +75,16 @@ impl<'a, T> Input<'a, T> {
         }
     }
 
+    /// Elements from `first` on.
+    pub fn of_memory(memory: &'a Memory, first: usize, stream: &'a CudaStream) -> Self {
+        let (pointer, read) = memory.read(stream);
+        Self {
+            pointer: pointer + (first * size_of::<T>()) as sys::CUdeviceptr,
+            _read: read,
+            element: PhantomData,
+        }
+    }
+
     pub fn starts_on_16(&self) -> bool {
         self.pointer.is_multiple_of(16)
     }
@@ -106,19 +117,40 @@ impl<'a> Arguments<'a> {
 
     /// A buffer the kernel writes, or null.
     pub fn output<T>(&mut self, slice: Option<&'a mut impl DevicePtrMut<T>>) {
-        let mut pointer = 0;
-        if let Some(slice) = slice.filter(|s| s.len() > 0) {
-            let (p, guard) = slice.device_ptr_mut(self.stream);
-            pointer = p;
+        let pointer = slice.filter(|slice| slice.len() > 0).map(|slice| {
+            let (pointer, guard) = slice.device_ptr_mut(self.stream);
             self.guards.push(guard);
-        }
-        self.cell(&pointer.to_ne_bytes());
+            pointer
+        });
+        self.pointer(pointer);
+    }
+
+    /// Memory the kernel writes, or null.
+    pub fn memory(&mut self, memory: Option<&'a mut Memory>) {
+        let pointer = self.written(memory);
+        self.pointer(pointer);
+    }
+
+    /// mean and rstd, or null: `means` of A, which come before the rstds, may be none.
+    pub fn statistics<A>(&mut self, memory: Option<&'a mut Memory>, means: usize) {
+        let mean = self.written(memory);
+        self.pointer(mean.filter(|_| means > 0));
+        self.pointer(mean.map(|mean| mean + (means * size_of::<A>()) as sys::CUdeviceptr));
+    }
+
+    fn written(&mut self, memory: Option<&'a mut Memory>) -> Option<sys::CUdeviceptr> {
+        let (pointer, guard) = memory?.write(self.stream);
+        self.guards.push(guard);
+        Some(pointer)
+    }
+
+    fn pointer(&mut self, pointer: Option<sys::CUdeviceptr>) {
+        self.cell(&pointer.unwrap_or_default().to_ne_bytes());
     }
 
     /// A buffer the kernel reads, or null.
     pub fn input<T>(&mut self, input: Option<&'a Input<'_, T>>) {
-        let pointer = input.map_or(0, |i| i.pointer);
-        self.cell(&pointer.to_ne_bytes());
+        self.pointer(input.map(|input| input.pointer));
     }
 
     pub fn i64(&mut self, value: usize) {

@@ -1,10 +1,11 @@
 //! The CUDA backend: from candle's storages to planned launches and back.
 //!
-//! Everything runs on the device's stream and nothing waits for it. Outputs and workspaces come from the stream's own
-//! allocator, uninitialised, and every kernel writes all of its outputs; where blocks meet, see `meetings`.
+//! Everything runs on the device's stream and nothing waits for it. Outputs come from the stream's own allocator, statistics
+//! and workspaces from `memory`, uninitialised, and every kernel writes all of its outputs; where blocks meet, see `meetings`.
 
 mod launch;
 mod meetings;
+mod memory;
 mod ptx;
 
 use crate::add::{AddArgs, AddForward, AddGradients};
@@ -20,6 +21,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZero
 use half::{bf16, f16};
 use launch::{Arguments, Input};
 use meetings::Meetings;
+pub(crate) use memory::Memory;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -69,16 +71,17 @@ pub(crate) fn forward(
     weight: Option<Operand<'_>>,
     bias: Option<Operand<'_>>,
     keep: bool,
-) -> Result<Forward<CudaStorage>> {
+) -> Result<Forward<CudaStorage, Memory>> {
     dispatch!("CUDA", problem, T, P => forward_typed::<T, P>(problem, x, weight, bias, keep))
 }
 
 pub(crate) fn backward(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &Memory,
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
-    dispatch!("CUDA", problem, T, P => backward_typed::<T, P>(problem, args, wanted))
+    dispatch!("CUDA", problem, T, P => backward_typed::<T, P>(problem, args, statistics, wanted))
 }
 
 /// A call, and where it runs.
@@ -135,20 +138,30 @@ impl<'a> Call<'a> {
             .transpose()
     }
 
-    /// mean or rstd.
-    fn statistic<'b, A: Acc>(&'b self, operand: Operand<'b>) -> Result<Input<'b, A>> {
-        self.input(operand, self.problem.rows)
-    }
-
     /// What a kernel of this call has written.
     fn read<'b, T>(&'b self, slice: &'b CudaSlice<T>) -> Input<'b, T> {
         Input::new(slice.slice(..), &self.stream)
+    }
+
+    /// As [`read`](Self::read), from element `first` on.
+    fn read_memory<'b, A: Acc>(&'b self, memory: &'b Memory, first: usize) -> Input<'b, A> {
+        Input::of_memory(memory, first, &self.stream)
     }
 
     /// Uninitialised memory.
     fn alloc<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
         // SAFETY: the caller launches a kernel that writes whatever of it is read later on the same stream.
         unsafe { self.device.alloc(len) }
+    }
+
+    /// The same, of the call's own.
+    fn memory<A: Acc>(&self, len: usize) -> Result<Memory> {
+        Memory::take(self.device, len * size_of::<A>())
+    }
+
+    /// mean and rstd, in one piece.
+    fn statistics<A: Acc>(&self) -> Result<Memory> {
+        self.memory::<A>(self.problem.means() + self.problem.rows)
     }
 
     /// Where the blocks of each row meet, if they are in groups of the grid.
@@ -316,7 +329,7 @@ fn forward_typed<T: Element, P: Element>(
     weight: Option<Operand<'_>>,
     bias: Option<Operand<'_>>,
     keep: bool,
-) -> Result<Forward<CudaStorage>> {
+) -> Result<Forward<CudaStorage, Memory>> {
     let call = Call::new(problem, &x.0.device)?;
     let x = call.tensor::<T>(x)?;
     let weight = call.param::<P>(weight)?;
@@ -325,7 +338,7 @@ fn forward_typed<T: Element, P: Element>(
     let out = planned_forward(&call, &x, params, keep)?;
     Ok(Forward {
         ys: call.wrap(out.y),
-        statistics: out.statistics.map(|s| call.wrap(s)),
+        statistics: out.statistics,
     })
 }
 
@@ -334,7 +347,7 @@ pub(crate) fn add_forward(
     args: &AddArgs<Operand<'_>>,
     dropout: Option<Dropout>,
     keep: bool,
-) -> Result<AddForward<CudaStorage>> {
+) -> Result<AddForward<CudaStorage, Memory>> {
     dispatch!("CUDA", problem, T, P => add_forward_typed::<T, P>(problem, args, dropout, keep))
 }
 
@@ -343,7 +356,7 @@ fn add_forward_typed<T: Element, P: Element>(
     args: &AddArgs<Operand<'_>>,
     dropout: Option<Dropout>,
     keep: bool,
-) -> Result<AddForward<CudaStorage>> {
+) -> Result<AddForward<CudaStorage, Memory>> {
     let call = Call::new(problem, &args.x.0.device)?;
     let x = call.tensor::<T>(args.x)?;
     let residual = call.tensor::<T>(args.residual)?;
@@ -375,14 +388,14 @@ fn add_forward_typed<T: Element, P: Element>(
     Ok(AddForward {
         ys: call.wrap(out.y),
         sum: call.wrap(sum),
-        statistics: out.statistics.map(|s| call.wrap(s)),
+        statistics: out.statistics,
     })
 }
 
-/// y, and mean and rstd in one piece if they are to be kept.
+/// y, and mean and rstd if they are to be kept.
 struct Normalized<T: Element> {
     y: CudaSlice<T>,
-    statistics: Option<CudaSlice<T::Acc>>,
+    statistics: Option<Memory>,
 }
 
 impl<T: Element> Normalized<T> {
@@ -390,17 +403,10 @@ impl<T: Element> Normalized<T> {
     fn alloc(call: &Call<'_>, keep: bool) -> Result<Self> {
         let Problem { rows, cols, .. } = *call.problem;
         Ok(Self {
-            statistics: keep
-                .then(|| call.alloc(means(call.problem) + rows))
-                .transpose()?,
+            statistics: keep.then(|| call.statistics::<T::Acc>()).transpose()?,
             y: call.alloc(rows * cols)?,
         })
     }
-}
-
-/// How many means are kept: they come before the rstds.
-fn means(problem: &Problem) -> usize {
-    if problem.remove_mean { problem.rows } else { 0 }
 }
 
 fn planned_forward<T: Element, P: Element>(
@@ -409,15 +415,9 @@ fn planned_forward<T: Element, P: Element>(
     params: [Option<&Input<'_, P>>; 2],
     keep: bool,
 ) -> Result<Normalized<T>> {
-    let Call {
-        problem, device, ..
-    } = *call;
-    if problem.is_empty() {
-        let statistics = keep.then(|| device.alloc_zeros(means(problem) + problem.rows));
-        return Ok(Normalized {
-            y: device.alloc_zeros(0)?,
-            statistics: statistics.transpose()?,
-        });
+    if call.problem.is_empty() {
+        // Of which a backward pass reads nothing either.
+        return Normalized::alloc(call, keep);
     }
     let access = call.access([x], params.into_iter().flatten());
     let plan = call.forward_plan(access)?;
@@ -437,21 +437,13 @@ fn normalize<T: Element, P: Element>(
 ) -> Result<()> {
     let problem = call.problem;
     let (rows, cols) = (problem.rows, problem.cols);
-    let (mut mean, mut rstd) = match statistics {
-        Some(both) => {
-            let (mean, rstd) = both.split_at_mut(means(problem));
-            (Some(mean), Some(rstd))
-        }
-        None => (None, None),
-    };
     match plan.launches.as_slice() {
         [launch] => {
             let len = plan::meetings(problem, plan.regime, plan.blocks, plan::FORWARD_MESSAGE);
             let mut meetings = call.meetings::<T::Acc>(len)?;
             let mut args = call.arguments();
             args.output(Some(&mut *y));
-            args.output(mean.as_mut());
-            args.output(rstd.as_mut());
+            args.statistics::<T::Acc>(statistics.as_mut(), problem.means());
             args.input(Some(x));
             args.input(weight);
             args.input(bias);
@@ -473,20 +465,19 @@ fn normalize<T: Element, P: Element>(
             unsafe { call.launch(args, launch)? };
         }
         [moments, normalize] => {
-            let mut part = call.alloc::<T::Acc>(rows * plan.blocks * 2)?;
+            let mut part = call.memory::<T::Acc>(rows * plan.blocks * 2)?;
             let mut args = call.arguments();
-            args.output(Some(&mut part));
+            args.memory(Some(&mut part));
             args.input(Some(x));
             args.i64(rows);
             args.i32(cols);
             args.bool(problem.remove_mean);
             // SAFETY: split_moments(part [rows, blocks] of pairs, x [rows, cols], rows, cols, remove_mean).
             unsafe { call.launch(args, moments)? };
-            let part = call.read(&part);
+            let part = call.read_memory::<T::Acc>(&part, 0);
             let mut args = call.arguments();
             args.output(Some(&mut *y));
-            args.output(mean.as_mut());
-            args.output(rstd.as_mut());
+            args.statistics::<T::Acc>(statistics.as_mut(), problem.means());
             args.input(Some(&part));
             args.input(Some(x));
             args.input(weight);
@@ -544,10 +535,11 @@ fn elements(args: &mut Arguments<'_>, problem: &Problem, starts_on_16: bool) {
 fn backward_typed<T: Element, P: Element>(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &Memory,
     wanted: Wanted,
 ) -> Result<Gradients<CudaStorage>> {
     let call = Call::new(problem, &args.x.0.device)?;
-    let inputs = BackwardInputs::<T, P>::new(&call, args)?;
+    let inputs = BackwardInputs::<T, P>::new(&call, args, statistics)?;
     let slices = planned_backward(&call, &inputs, wanted)?;
     Ok(Gradients {
         dx: slices.dx.map(|s| call.wrap(s)),
@@ -560,22 +552,26 @@ fn backward_typed<T: Element, P: Element>(
 pub(crate) fn add_backward(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &Memory,
     dsum: Option<Operand<'_>>,
     dropout: Option<Dropout>,
     wanted: Wanted,
 ) -> Result<AddGradients<CudaStorage>> {
-    dispatch!("CUDA", problem, T, P => add_backward_typed::<T, P>(problem, args, dsum, dropout, wanted))
+    dispatch!("CUDA", problem, T, P => {
+        add_backward_typed::<T, P>(problem, args, statistics, dsum, dropout, wanted)
+    })
 }
 
 fn add_backward_typed<T: Element, P: Element>(
     problem: &Problem,
     args: &BackwardArgs<Operand<'_>>,
+    statistics: &Memory,
     dsum: Option<Operand<'_>>,
     dropout: Option<Dropout>,
     wanted: Wanted,
 ) -> Result<AddGradients<CudaStorage>> {
     let call = Call::new(problem, &args.x.0.device)?;
-    let inputs = BackwardInputs::<T, P>::new(&call, args)?;
+    let inputs = BackwardInputs::<T, P>::new(&call, args, statistics)?;
     let dsum = dsum.map(|d| call.tensor::<T>(d)).transpose()?;
     let mut dresidual = (wanted.dx && dropout.is_some())
         .then(|| call.alloc::<T>(problem.rows * problem.cols))
@@ -678,13 +674,18 @@ struct BackwardInputs<'a, T: Element, P: Element> {
 }
 
 impl<'a, T: Element, P: Element> BackwardInputs<'a, T, P> {
-    fn new(call: &'a Call<'_>, args: &BackwardArgs<Operand<'a>>) -> Result<Self> {
+    fn new(
+        call: &'a Call<'_>,
+        args: &BackwardArgs<Operand<'a>>,
+        statistics: &'a Memory,
+    ) -> Result<Self> {
+        let Problem { remove_mean, .. } = *call.problem;
         Ok(Self {
             x: call.tensor(args.x)?,
             dy: call.tensor(args.dy)?,
             weight: call.param(args.weight)?,
-            mean: args.mean.map(|m| call.statistic(m)).transpose()?,
-            rstd: call.statistic(args.rstd)?,
+            mean: remove_mean.then(|| call.read_memory(statistics, 0)),
+            rstd: call.read_memory(statistics, call.problem.means()),
         })
     }
 }
@@ -694,8 +695,8 @@ struct GradientSlices<T: Element, P: Element> {
     dx: Option<CudaSlice<T>>,
     dweight: Option<CudaSlice<P>>,
     dbias: Option<CudaSlice<P>>,
-    dweight_part: Option<CudaSlice<T::Acc>>,
-    dbias_part: Option<CudaSlice<T::Acc>>,
+    dweight_part: Option<Memory>,
+    dbias_part: Option<Memory>,
 }
 
 impl<T: Element, P: Element> GradientSlices<T, P> {
@@ -706,7 +707,9 @@ impl<T: Element, P: Element> GradientSlices<T, P> {
         let param = |wanted: bool| wanted.then(|| call.alloc(cols)).transpose();
         let partial = |wanted: bool| {
             (wanted && in_parts(problem, plan))
-                .then(|| call.alloc(plan.parts * (plan::part_step(problem) + plan.edges)))
+                .then(|| {
+                    call.memory::<T::Acc>(plan.parts * (plan::part_step(problem) + plan.edges))
+                })
                 .transpose()
         };
         Ok(Self {
@@ -788,8 +791,8 @@ fn gradients<T: Element, P: Element>(
             let mut args = call.arguments();
             args.output(dx.as_mut());
             if in_parts {
-                args.output(dweight_part.as_mut());
-                args.output(dbias_part.as_mut());
+                args.memory(dweight_part.as_mut());
+                args.memory(dbias_part.as_mut());
             } else {
                 args.output(dweight.as_mut());
                 args.output(dbias.as_mut());
@@ -818,13 +821,13 @@ fn gradients<T: Element, P: Element>(
             unsafe { call.launch(args, launch)? };
         }
         [sums, write_dx] => {
-            let mut part = call.alloc::<T::Acc>(rows * plan.blocks * 2)?;
+            let mut part = call.memory::<T::Acc>(rows * plan.blocks * 2)?;
             let mut args = call.arguments();
             args.output(dweight.as_mut().filter(|_| !in_parts));
             args.output(dbias.as_mut().filter(|_| !in_parts));
-            args.output(dweight_part.as_mut());
-            args.output(dbias_part.as_mut());
-            args.output(Some(&mut part));
+            args.memory(dweight_part.as_mut());
+            args.memory(dbias_part.as_mut());
+            args.memory(Some(&mut part));
             args.input(Some(x));
             args.input(Some(dy));
             args.input(weight.as_ref());
@@ -837,7 +840,7 @@ fn gradients<T: Element, P: Element>(
             // pairs, x, dy, weight, mean, rstd, rows, cols, weight_offset); plan.parts is the number of row groups.
             unsafe { call.launch(args, sums)? };
             if dx.is_some() {
-                let part = call.read(&part);
+                let part = call.read_memory::<T::Acc>(&part, 0);
                 let mut args = call.arguments();
                 args.output(dx.as_mut());
                 args.input(Some(&part));
@@ -864,8 +867,8 @@ fn gradients<T: Element, P: Element>(
     if !in_parts || (dweight.is_none() && dbias.is_none()) {
         return Ok(());
     }
-    let dweight_part = dweight_part.as_ref().map(|p| call.read(p));
-    let dbias_part = dbias_part.as_ref().map(|p| call.read(p));
+    let [dweight_part, dbias_part] = [&*dweight_part, &*dbias_part]
+        .map(|part| part.as_ref().map(|p| call.read_memory::<T::Acc>(p, 0)));
     let mut args = call.arguments();
     args.output(dweight.as_mut());
     args.output(dbias.as_mut());
@@ -911,14 +914,19 @@ fn forward_kernel_typed<T: Element, P: Element>(
     }))
 }
 
-/// A backward pass, for all three gradients, in the same way. `mean` and `rstd` are `[rows]`.
-pub(crate) fn backward_kernel(problem: Problem, tensors: [&Tensor; 5]) -> Result<bench::Kernel> {
-    dispatch!("CUDA", problem, T, P => backward_kernel_typed::<T, P>(problem, tensors))
+/// A backward pass, for all three gradients, in the same way.
+pub(crate) fn backward_kernel(
+    problem: Problem,
+    xs: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+) -> Result<bench::Kernel> {
+    dispatch!("CUDA", problem, T, P => backward_kernel_typed::<T, P>(problem, [xs, weight, dy]))
 }
 
 fn backward_kernel_typed<T: Element, P: Element>(
     problem: Problem,
-    tensors: [&Tensor; 5],
+    tensors: [&Tensor; 3],
 ) -> Result<bench::Kernel> {
     let wanted = Wanted {
         dx: true,
@@ -926,19 +934,24 @@ fn backward_kernel_typed<T: Element, P: Element>(
         dbias: true,
     };
     let tensors = tensors.map(Tensor::clone);
-    let mut out = None;
+    let (mut statistics, mut out) = (None, None);
     Ok(Box::new(move || {
         let locked = tensors.each_ref().map(Tensor::storage_and_layout);
         let operand = |index: usize| op::on_cuda(&problem, &locked[index]);
         let args = BackwardArgs {
             x: operand(0)?,
             weight: Some(operand(1)?),
-            mean: Some(operand(2)?),
-            rstd: operand(3)?,
-            dy: operand(4)?,
+            dy: operand(2)?,
         };
         let call = Call::new(&problem, tensors[0].device().as_cuda_device()?)?;
-        let inputs = BackwardInputs::<T, P>::new(&call, &args)?;
+        let statistics = match &mut statistics {
+            Some(statistics) => statistics,
+            none => {
+                let forward = forward_typed::<T, P>(&problem, args.x, args.weight, None, true)?;
+                none.insert(op::kept(&problem, forward.statistics)?)
+            }
+        };
+        let inputs = BackwardInputs::<T, P>::new(&call, &args, statistics)?;
         let access = call.access([&inputs.x, &inputs.dy], &inputs.weight);
         let plan = call.backward_plan(access)?;
         let out = match &mut out {
