@@ -16,6 +16,7 @@
 //               rows, of every R * kVec as above, grid rows / R, cols / kVec <= B * P. twice: x is loaded so often.
 //               wide, small, add: kVec > 1, all pointers on 16 bytes, cols a multiple of kVec. shifted: kVec > 1, x and y on 16 bytes, compiled with
 //               LN_SKEWED y alone. mean, rstd, weight, bias may be null.
+//               On sm_90 they may be launched before what they follow has ended (programmatic dependent launch), and wait.
 // Determinism   No atomics; every sum has one order.
 // Source        Ba et al., arXiv:1607.06450; two-pass variance: Chan, Golub, LeVeque, "Algorithms for computing the
 //               sample variance" (1983).
@@ -164,6 +165,7 @@ template <bool kSmall> __device__ __forceinline__ Acc rsqrt_of_row(Acc v) {
 }
 
 template <typename Part, int kLanes, int kRows, bool kSmall = false> __device__ __forceinline__ void forward_warp(FORWARD_TAKES) {
+  wait_for_previous();
   static_assert(Part::kMostOuter <= kLanes, "an element outside vectors a lane");
   const int t = threadIdx.x % kLanes;
   constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
@@ -229,6 +231,7 @@ template <int kRead, typename T, int kWarps> __device__ __forceinline__ T sum_of
 // kLoads: 2 loads x anew, from L1, before y is written: fewer registers, more threads.
 template <typename Part, int kRows, int kWarps, int kLoads, bool kExact = false, bool kSmall = false>
 __device__ __forceinline__ void forward_block(FORWARD_TAKES) {
+  wait_for_previous();
   __shared__ __align__(16) Acc warp_centers[kRows][kWarps];
   __shared__ __align__(16) Pair warp_parts[kRows][kWarps];
   constexpr int kApart = kRows == 1 ? 1 : Part::kApart;
