@@ -42,6 +42,7 @@ use crate::{
     problem::Problem,
 };
 use candle_core::{DType, Result, Shape, Tensor};
+use std::borrow::Cow;
 
 /// `(xs - mean) / sqrt(var + eps) * weight + bias`, the statistics taken over the dims that `weight` has.
 ///
@@ -64,13 +65,13 @@ use candle_core::{DType, Result, Shape, Tensor};
 /// Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     let config = NormConfig::from(f64::from(eps));
-    normalize(xs, weight.dims(), Some(weight), Some(bias), &config)
+    fused_or_composed(xs, weight.dims(), Some(weight), Some(bias), &config)
 }
 
 /// [`layer_norm`] without a bias.
 pub fn layer_norm_no_bias(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let config = NormConfig::from(f64::from(eps));
-    normalize(xs, weight.dims(), Some(weight), None, &config)
+    fused_or_composed(xs, weight.dims(), Some(weight), None, &config)
 }
 
 /// [`layer_norm`] with neither weight nor bias, over the trailing dims `normalized_shape`
@@ -91,7 +92,7 @@ pub fn layer_norm_no_affine<S: Into<Shape>>(
 /// Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let config = NormConfig::rms_norm(f64::from(eps));
-    normalize(xs, weight.dims(), Some(weight), None, &config)
+    fused_or_composed(xs, weight.dims(), Some(weight), None, &config)
 }
 
 /// Normalises the trailing dims `normalized_shape` of `xs`, with every choice open: the function that the others call.
@@ -124,7 +125,18 @@ pub fn normalize<S: Into<Shape>>(
     config: &NormConfig,
 ) -> Result<Tensor> {
     let shape = normalized_shape.into();
-    let problem = Problem::new(xs, shape.dims(), weight, bias, config)?;
+    fused_or_composed(xs, shape.dims(), weight, bias, config)
+}
+
+/// [`normalize`] over dims that are at hand: a shape is memory.
+fn fused_or_composed(
+    xs: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    config: &NormConfig,
+) -> Result<Tensor> {
+    let problem = Problem::new(xs, normalized_shape, weight, bias, config)?;
     run(problem, xs, weight, bias)
 }
 
@@ -288,18 +300,25 @@ fn run(
         return crate::composed::run(&problem, xs, weight, bias);
     }
     // The kernels read dense rows. A view that is dense but starts somewhere inside its storage is not copied.
-    let xs = xs.contiguous()?;
-    let weight = weight.map(Tensor::contiguous).transpose()?;
-    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let xs = dense(xs)?;
+    let weight = weight.map(dense).transpose()?;
+    let bias = bias.map(dense).transpose()?;
     let op = NormOp::new(problem, tracked);
-    match (weight, bias, tracked) {
+    match (weight.as_deref(), bias.as_deref(), tracked) {
         (None, None, true) => xs.apply_op1(op),
         (None, None, false) => xs.apply_op1_no_bwd(&op),
-        (Some(w), None, true) | (None, Some(w), true) => xs.apply_op2(&w, op),
-        (Some(w), None, false) | (None, Some(w), false) => xs.apply_op2_no_bwd(&w, &op),
-        (Some(w), Some(b), true) => xs.apply_op3(&w, &b, op),
-        (Some(w), Some(b), false) => xs.apply_op3_no_bwd(&w, &b, &op),
+        (Some(w), None, true) | (None, Some(w), true) => xs.apply_op2(w, op),
+        (Some(w), None, false) | (None, Some(w), false) => xs.apply_op2_no_bwd(w, &op),
+        (Some(w), Some(b), true) => xs.apply_op3(w, b, op),
+        (Some(w), Some(b), false) => xs.apply_op3_no_bwd(w, b, &op),
     }
+}
+
+fn dense(tensor: &Tensor) -> Result<Cow<'_, Tensor>> {
+    Ok(match tensor.is_contiguous() {
+        true => Cow::Borrowed(tensor),
+        false => Cow::Owned(tensor.contiguous()?),
+    })
 }
 
 /// Whether a call is candle's own ops: where there is no kernel, and for gradients of gradients, but of empty tensors, of which those ops keep no graph.

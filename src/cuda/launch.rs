@@ -7,6 +7,7 @@ use crate::problem::Problem;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result};
 use cudarc::driver::{CudaFunction, CudaStream, CudaView, DevicePtrMut, SyncOnDrop, sys};
+use smallvec::SmallVec;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
@@ -26,14 +27,14 @@ impl Function {
 }
 
 /// What the driver is told of a launch beyond its grid.
-fn attributes(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
+fn attributes(launch: &Launch) -> SmallVec<[sys::CUlaunchAttribute; 3]> {
     use sys::CUlaunchAttributeID as A;
     let attribute = |id| sys::CUlaunchAttribute {
         id,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { pad: [0; 64] },
     };
-    let mut attributes = Vec::new();
+    let mut attributes = SmallVec::new();
     if launch.cluster > 1 {
         let mut a = attribute(A::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
         a.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
@@ -95,17 +96,17 @@ impl<'a, T> Input<'a, T> {
 /// Each is kept in a cell of 8 bytes; the driver reads as many of them as the parameter has.
 pub(super) struct Arguments<'a> {
     stream: &'a CudaStream,
-    cells: Vec<[u8; 8]>,
+    cells: SmallVec<[[u8; 8]; 24]>,
     // Record, once the launch is queued, that these outputs are in use.
-    guards: Vec<SyncOnDrop<'a>>,
+    guards: SmallVec<[SyncOnDrop<'a>; 6]>,
 }
 
 impl<'a> Arguments<'a> {
     pub fn new(stream: &'a CudaStream) -> Self {
         Self {
             stream,
-            cells: Vec::with_capacity(16),
-            guards: Vec::with_capacity(4),
+            cells: SmallVec::new(),
+            guards: SmallVec::new(),
         }
     }
 
@@ -194,7 +195,7 @@ impl<'a> Arguments<'a> {
         let op = problem.op_name();
         let dtypes = (problem.dtype, problem.param_dtype);
         let function = ptx::function(op, device, facts, dtypes, launch)?;
-        let mut parameters: Vec<*mut c_void> = self
+        let mut parameters: SmallVec<[*mut c_void; 24]> = self
             .cells
             .iter_mut()
             .map(|c| c.as_mut_ptr().cast())

@@ -89,7 +89,7 @@ struct Call<'a> {
     problem: &'a Problem,
     device: &'a CudaDevice,
     stream: Arc<CudaStream>,
-    gpu: Arc<Gpu>,
+    gpu: &'static Gpu,
 }
 
 impl<'a> Call<'a> {
@@ -186,12 +186,12 @@ impl<'a> Call<'a> {
 
     fn forward_plan(&self, access: Access) -> Result<plan::Forward> {
         let dir = Direction::Forward;
-        tuning::plan(dir, plan::forward, self.problem, access, &self.gpu)
+        tuning::plan(dir, plan::forward, self.problem, access, self.gpu)
     }
 
     fn backward_plan(&self, access: Access) -> Result<plan::Backward> {
         let dir = Direction::Backward;
-        tuning::plan(dir, plan::backward, self.problem, access, &self.gpu)
+        tuning::plan(dir, plan::backward, self.problem, access, self.gpu)
     }
 
     fn arguments(&self) -> Arguments<'_> {
@@ -211,21 +211,21 @@ impl<'a> Call<'a> {
 }
 
 /// A device's name and facts, for which the driver is asked once.
-fn gpu(op: &'static str, device: &CudaDevice) -> Result<Arc<Gpu>> {
-    /// By ordinal.
-    static GPUS: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
+fn gpu(op: &'static str, device: &CudaDevice) -> Result<&'static Gpu> {
+    /// By ordinal. Kept as long as the process.
+    static GPUS: Mutex<BTreeMap<usize, &Gpu>> = Mutex::new(BTreeMap::new());
     let stream = device.cuda_stream();
     let context = stream.context();
     // No panic leaves an entry half written.
     let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
     match gpus.entry(context.ordinal()) {
-        Entry::Occupied(entry) => Ok(entry.get().clone()),
+        Entry::Occupied(entry) => Ok(entry.get()),
         Entry::Vacant(entry) => {
             let gpu = Gpu {
                 name: context.name().w()?,
                 facts: ask_for_facts(op, context)?,
             };
-            Ok(entry.insert(Arc::new(gpu)).clone())
+            Ok(entry.insert(Box::leak(Box::new(gpu))))
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::plan::{DeviceFacts, Launch};
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Result, bail};
 use cudarc::driver::{CudaFunction, sys};
+use foldhash::fast::RandomState;
 use std::collections::HashMap;
 use std::sync::{LazyLock, PoisonError, RwLock};
 
@@ -85,7 +86,8 @@ type Key = (DeviceId, (DType, DType), &'static str, &'static str);
 
 // candle itself looks a module up by name, and a function in it by asking the driver. Of threads that miss a module it lets each load
 // it, and unloads the one before.
-static LOADED: LazyLock<RwLock<HashMap<Key, Function>>> = LazyLock::new(Default::default);
+static LOADED: LazyLock<RwLock<HashMap<Key, Function, RandomState>>> =
+    LazyLock::new(Default::default);
 
 /// The kernels that this build has for the device and these dtypes, `file/entry`, and whether a call has loaded each.
 pub(super) fn kernels(
