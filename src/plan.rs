@@ -872,14 +872,16 @@ impl<'a> Planner<'a> {
             })
         };
         let most = self.most_warps(kernel);
+        let most_vectors = kernel.lanes * kernel.per_thread;
+        if kernel.regime == Regime::Warp && (most == 0 || self.vectors(kernel) > most_vectors) {
+            return None;
+        }
         let at_once = kernel.resident * self.device.multiprocessors;
         if kernel.small && self.row_blocks(kernel, most) > at_once {
             return None;
         }
         match kernel.regime {
-            Regime::Warp
-                if self.vectors(kernel) <= kernel.lanes * kernel.per_thread && most > 0 =>
-            {
+            Regime::Warp => {
                 // 512 x 768 in bf16: 8 warps a block 7.9 us, 12 warps 8.9.
                 let each = self
                     .problem
@@ -893,7 +895,6 @@ impl<'a> Planner<'a> {
                 };
                 choice(warps, 1)
             }
-            Regime::Warp => None,
             Regime::Block => {
                 let warps = self.warps_for(kernel, 1);
                 let idle = warps - self.warps_of_row(kernel, 1);
@@ -902,14 +903,32 @@ impl<'a> Planner<'a> {
                     && self.owners(kernel, warps, 1, 1).is_some();
                 if fits { choice(warps, 1) } else { None }
             }
-            Regime::Cluster => [2, 4, 8, 16]
-                .into_iter()
-                .filter(|&blocks| blocks <= self.device.max_cluster.min(kernel.most_blocks))
-                .map(|blocks| (self.warps_for(kernel, blocks), blocks))
-                .find(|&(warps, blocks)| {
-                    warps <= most && self.owners(kernel, warps, blocks, 1).is_some()
-                })
-                .and_then(|(warps, blocks)| choice(warps, blocks)),
+            Regime::Cluster => {
+                let fits = |blocks| {
+                    let warps = self.warps_for(kernel, blocks);
+                    let fits = blocks <= self.device.max_cluster
+                        && warps <= most
+                        && self.owners(kernel, warps, blocks, 1).is_some();
+                    fits.then_some((warps, blocks))
+                };
+                let fewest = [2, 4, 8, 16]
+                    .into_iter()
+                    .filter(|&blocks| blocks <= kernel.most_blocks)
+                    .find_map(fits)?;
+                // A block of 6 or 8 warps is alone on a multiprocessor, where three of half as many are not. Backward of halves, us: 4096 x 16001 139 in
+                // 4 blocks of 8 warps, 122 in 8 of 4; 2048 x 32001 141, 128; 8192 x 8960 133 in 2 of 6, 121 in 4 of 3; 4096 x 17024 134, 119;
+                // 2048 x 33856 135, 125; with idle warps 8192 x 8601 140 in 2 of 9, 146 in 4 of 5. f32 level: 8192 x 6080 153.5, 155.3, x 5313
+                // 150.2, 145.5.
+                let at_once = |(warps, _)| self.blocks_at_once(kernel, warps, 1) * warps;
+                let halved = fits(2 * fewest.1).filter(|&halved| {
+                    self.tensors > 1
+                        && self.size() == 2
+                        && 2 * halved.0 == fewest.0
+                        && 3 * at_once(halved) >= 4 * at_once(fewest)
+                });
+                let (warps, blocks) = halved.unwrap_or(fewest);
+                choice(warps, blocks)
+            }
             Regime::Grid => {
                 if !self.device.cooperative || most == 0 {
                     return None;
@@ -1169,6 +1188,20 @@ impl<'a> Planner<'a> {
         (teams * warps * self.warp_shared(kernel)).max(sums)
     }
 
+    /// Blocks of a ring's kernel on a multiprocessor: those of few warps share it.
+    fn blocks_at_once(&self, kernel: &Kernel, warps: usize, teams: usize) -> usize {
+        let shared = self.shared(kernel, warps, teams);
+        // Registers are dealt out to warps by fours, for the largest block.
+        let most = kernel.most_warps[usize::from(self.device.base >= 90)];
+        let most = (most + kernel.communicating)
+            .max(kernel.team_warps)
+            .next_multiple_of(4);
+        let by_registers = most / (teams * (warps + kernel.communicating));
+        let by_shared = self.device.shared_per_multiprocessor
+            / (shared + self.static_shared(kernel) + RESERVED_SHARED);
+        by_registers.min(by_shared).max(1)
+    }
+
     /// Owners of rows that are resident at once, teams not counted; none if blocks or teams would have rows of several shifts.
     fn owners(&self, kernel: &Kernel, warps: usize, blocks: usize, teams: usize) -> Option<usize> {
         // Without a ring, a block takes rows once.
@@ -1177,19 +1210,7 @@ impl<'a> Planner<'a> {
         }
         let resident = match kernel.regime {
             Regime::Grid => self.device.multiprocessors / blocks,
-            // Blocks of few warps share a multiprocessor.
-            _ => {
-                let shared = self.shared(kernel, warps, teams);
-                // Registers are dealt out to warps by fours, for the largest block.
-                let most = kernel.most_warps[usize::from(self.device.base >= 90)];
-                let most = (most + kernel.communicating)
-                    .max(kernel.team_warps)
-                    .next_multiple_of(4);
-                let by_registers = most / (teams * (warps + kernel.communicating));
-                let by_shared = self.device.shared_per_multiprocessor
-                    / (shared + self.static_shared(kernel) + RESERVED_SHARED);
-                by_registers.min(by_shared).max(1) * clusters(self.device, blocks)
-            }
+            _ => self.blocks_at_once(kernel, warps, teams) * clusters(self.device, blocks),
         };
         let rows = self.problem.rows.div_ceil(teams);
         if resident >= rows {
@@ -2283,6 +2304,26 @@ mod tests {
             (plan.teams * plan.launches[0].grid[0] as usize).is_multiple_of(8),
             "{plan:?}"
         );
+    }
+
+    #[test]
+    fn clusters_of_halves_grow_where_more_warps_are_resident() {
+        for (cols, dtype, warps, blocks) in [
+            (16001, DType::BF16, 4, 8),
+            (32001, DType::BF16, 4, 16),
+            (33999, DType::BF16, 9, 8),
+            (8601, DType::BF16, 9, 2),
+            (12289, DType::BF16, 12, 2),
+            (8960, DType::F16, 3, 4),
+            (33856, DType::F16, 3, 16),
+            (16384, DType::F16, 11, 2),
+            (6080, DType::F32, 6, 2),
+        ] {
+            let p = problem(4096, cols, dtype);
+            let plan = planner(&p, Access::of(&p, true, true), &H200, 2);
+            let (_, choice) = plan.default().unwrap();
+            assert_eq!((choice.warps, choice.blocks), (warps, blocks), "{cols}");
+        }
     }
 
     #[test]
