@@ -20,7 +20,11 @@ const KEPT_BYTES: usize = 4 << 20;
 const KEPT_PIECES: usize = 128;
 
 thread_local! {
-    static KEPT: RefCell<Kept> = RefCell::default();
+    static KEPT: RefCell<Kept> = RefCell::new(Kept {
+        pieces: VecDeque::new(),
+        bytes: 0,
+        thread: thread::current().id(),
+    });
 }
 
 /// Bytes on a device, uninitialised, for the calls of its stream.
@@ -43,11 +47,11 @@ struct Piece {
     thread: Option<ThreadId>,
 }
 
-/// The oldest first.
-#[derive(Default)]
 struct Kept {
+    /// The oldest first.
     pieces: VecDeque<Piece>,
     bytes: usize,
+    thread: ThreadId,
 }
 
 impl Memory {
@@ -63,10 +67,9 @@ impl Memory {
         // A captured graph runs when it is launched, on any stream: what it uses is its own.
         let status = stream.capture_status().w()?;
         let captured = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        let keep = bytes <= PIECE_BYTES && !captured;
-        let kept = match keep {
-            true => KEPT.with_borrow_mut(|kept| kept.take(device.id(), bytes)),
-            false => None,
+        let (kept, thread) = match bytes <= PIECE_BYTES && !captured {
+            true => KEPT.with_borrow_mut(|kept| (kept.take(device.id(), bytes), Some(kept.thread))),
+            false => (None, None),
         };
         let piece = match kept {
             Some(piece) => piece,
@@ -76,7 +79,7 @@ impl Memory {
                 bytes,
                 stream,
                 device: device.id(),
-                thread: keep.then(|| thread::current().id()),
+                thread,
             },
         };
         Ok(Self(Inner::Untracked(Some(piece))))
@@ -114,7 +117,11 @@ impl Kept {
         self.pieces.remove(index)
     }
 
+    /// Frees it where it is not this thread's.
     fn put(&mut self, piece: Piece) {
+        if piece.thread != Some(self.thread) {
+            return;
+        }
         self.bytes += piece.bytes;
         self.pieces.push_back(piece);
         while self.bytes > KEPT_BYTES || self.pieces.len() > KEPT_PIECES {
@@ -130,7 +137,7 @@ impl Drop for Memory {
         };
         let Some(piece) = piece.take() else { return };
         let managing = piece.stream.context().is_managing_stream_synchronization();
-        if piece.thread == Some(thread::current().id()) && !managing {
+        if piece.thread.is_some() && !managing {
             // A thread that ends keeps nothing.
             let _ = KEPT.try_with(|kept| kept.borrow_mut().put(piece));
         }
